@@ -1,0 +1,29 @@
+# Two commands matter: `make demo` and `make test`. Each installs what it needs first; afterwards neither touches
+# any network but loopback. PYTHON=python3.12 chooses an interpreter, UV=/path/to/uv an installer.
+BIN := .venv/bin
+# Spinning OpenMP threads starve two busy cores: 1 token/s instead of 18.
+export OMP_WAIT_POLICY := passive
+export GOMP_SPINCOUNT := 0
+export ORT_DISABLE_TELEMETRY := 1
+export PYTHON UV
+
+.PHONY: install demo test check lock clean
+
+install:
+	@sh tools/install.sh
+
+demo: install
+	@$(BIN)/python -m langchain_aegis demo
+
+test: install
+	@$(BIN)/python -m pytest
+
+check: install
+	@$(BIN)/python tools/check.py
+
+# Renew the pins. The file holds hashes and no addresses, so that any index serves it.
+lock: install
+	@sh tools/install.sh lock
+
+clean:
+	rm -rf .venv .uv .cache dist

@@ -1,0 +1,194 @@
+"""Every default of the package in one frozen value, read from the environment once.
+
+Knows nothing of LangChain, Redis or Ollama, and does no I/O.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Self
+from urllib.parse import quote, urlsplit, urlunsplit
+
+Mode = Literal["strict", "balanced", "lenient"]
+MODES: tuple[Mode, ...] = ("strict", "balanced", "lenient")
+
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"0", "false", "no", "off"}
+
+
+def _config_error(message: str) -> Exception:
+    # Imported late: `errors` needs langchain-core, and `import langchain_aegis` alone shall stay light.
+    from langchain_aegis.errors import AegisConfigError
+
+    return AegisConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AegisSettings:
+    """What is used where an argument does not say otherwise.
+
+    Units stand in the names. `AegisSettings.from_env()` reads `AEGIS_<FIELD>` (upper case) for every field and the
+    names that an Ollama and Redis application has already: `OLLAMA_BASE_URL` (or `OLLAMA_HOST`),
+    `OLLAMA_MODEL_GENERATION`, `OLLAMA_MODEL_EMBEDDINGS`, `REDIS_URL` (or `REDIS_HOST`, `REDIS_PORT`,
+    `REDIS_PASSWORD`), `REDIS_CACHE_ENABLED`, `BATCH_WINDOW_MS`. The package's own name wins over the common one.
+    """
+
+    # Servers
+    ollama_base_url: str = "http://127.0.0.1:11434"
+    model_generation: str | None = None
+    model_embeddings: str | None = None
+    redis_url: str = field(default="redis://127.0.0.1:6379", repr=False)  # may hold a password
+    connect_timeout_s: float = 5.0
+    read_timeout_s: float = 120.0  # between two pieces of an answer
+    deadline_s: float = 600.0  # of one whole answer
+    keep_alive: str = "30m"
+
+    # Cache
+    cache_enabled: bool = True
+    namespace: str = "aegis"
+    mode: Mode = "balanced"
+    ttl_s: int = 3600
+    op_budget_s: float = 0.1
+    embed_budget_s: float = 1.0
+    max_entry_bytes: int = 1_048_576
+    tenant_key: str | None = "tenant_id"  # name of the tenant in a run's `configurable`
+    user_key: str | None = "user_id"
+
+    # Admission
+    max_concurrency: int = 4
+    max_waiting: int = 100
+    window_ms: float = 50.0
+    max_batch: int = 16
+
+    # Host
+    home: str | None = None
+    secret_key: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse values that could only fail later."""
+        if self.mode not in MODES:
+            raise _config_error(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        for name in ("ttl_s", "op_budget_s", "embed_budget_s", "max_entry_bytes", "connect_timeout_s",
+                     "read_timeout_s", "deadline_s", "max_concurrency", "max_batch"):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise _config_error(f"{name} must be above 0, got {getattr(self, name)!r}")
+        for name in ("max_waiting", "window_ms"):
+            if not getattr(self, name) >= 0:
+                raise _config_error(f"{name} must be 0 or more, got {getattr(self, name)!r}")
+        if not self.namespace or any(c in "{}*?[]\\" or c.isspace() or not c.isprintable() for c in self.namespace):
+            raise _config_error(f"namespace must be a plain word without braces or wildcards, got {self.namespace!r}")
+        if self.secret_key is not None and len(self.secret_key) < 16:
+            raise _config_error("secret_key (AEGIS_SECRET_KEY) must have at least 16 characters")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
+        """Read the settings from `environ` (default: the process environment).
+
+        Empty values count as unset.
+
+        Raises:
+            AegisConfigError: A value cannot be read; the message names the variable.
+        """
+        env = os.environ if environ is None else environ
+        values: dict[str, Any] = {}
+        for common, name in _COMMON_NAMES:
+            if text := env.get(common, "").strip():
+                values[name] = _parse(common, name, text)
+        if "redis_url" not in values and (env.get("REDIS_HOST", "").strip() or env.get("REDIS_PORT", "").strip()):
+            values["redis_url"] = _redis_url(env)
+        for f in fields(cls):
+            if text := env.get(f"AEGIS_{f.name.upper()}", "").strip():
+                values[f.name] = _parse(f"AEGIS_{f.name.upper()}", f.name, text)
+        return cls(**values)
+
+    def but(self, **changes: Any) -> Self:
+        """Return a copy with the given fields changed; None means unchanged."""
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+
+def normalise_base_url(text: str) -> str:
+    """Return an Ollama address with scheme and port, without a trailing slash.
+
+    `myhost` becomes `http://myhost:11434`, `0.0.0.0:11434` (an address to listen on) becomes loopback.
+
+    Raises:
+        AegisConfigError: It is no http address.
+    """
+    url = text.strip()
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    try:
+        port = parts.port
+    except ValueError:
+        raise _config_error(f"not an address of an Ollama server: {redact_url(text)!r}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise _config_error(f"not an address of an Ollama server: {redact_url(text)!r} (try http://127.0.0.1:11434)")
+    host = "127.0.0.1" if parts.hostname == "0.0.0.0" else parts.hostname  # noqa: S104
+    host = f"[{host}]" if ":" in host else host
+    user = parts.netloc.rpartition("@")[0]
+    if port is None:
+        port = {"https": 443}.get(parts.scheme, 80 if "://" in url else 11434)
+    netloc = f"{user}@{host}:{port}" if user else f"{host}:{port}"
+    return urlunsplit((parts.scheme, netloc, parts.path.rstrip("/"), "", ""))
+
+
+def redact_url(url: str) -> str:
+    """Return `url` without user and password, fit for logs and errors."""
+    head, scheme, rest = url.rpartition("://")
+    authority, slash, path = rest.partition("/")
+    _, at, host = authority.rpartition("@")
+    return f"{head}{scheme}{'***@' if at else ''}{host}{slash}{path.partition('?')[0]}"
+
+
+def _redis_url(env: Mapping[str, str]) -> str:
+    host = env.get("REDIS_HOST", "").strip() or "127.0.0.1"
+    port = env.get("REDIS_PORT", "").strip() or "6379"
+    if not port.isdigit():
+        raise _config_error(f"REDIS_PORT must be a number, got {port!r}")
+    password = env.get("REDIS_PASSWORD", "").strip()
+    login = f":{quote(password, safe='')}@" if password else ""
+    return f"redis://{login}{host}:{port}"
+
+
+def _parse(variable: str, name: str, text: str) -> Any:
+    parser = _PARSERS.get(name)
+    if parser is None:
+        return text
+    try:
+        return parser(text)
+    except ValueError:
+        raise _config_error(f"{variable}={text!r} cannot be read as {_KINDS[parser]}") from None
+
+
+def _bool(text: str) -> bool:
+    word = text.lower()
+    if word in _TRUE:
+        return True
+    if word in _FALSE:
+        return False
+    raise ValueError(text)
+
+
+_COMMON_NAMES = (
+    ("OLLAMA_HOST", "ollama_base_url"),
+    ("OLLAMA_BASE_URL", "ollama_base_url"),
+    ("OLLAMA_MODEL_GENERATION", "model_generation"),
+    ("OLLAMA_MODEL_EMBEDDINGS", "model_embeddings"),
+    ("REDIS_URL", "redis_url"),
+    ("REDIS_CACHE_ENABLED", "cache_enabled"),
+    ("BATCH_WINDOW_MS", "window_ms"),
+)
+_KINDS: dict[Callable[[str], Any], str] = {
+    int: "a whole number",
+    float: "a number",
+    _bool: "yes or no",
+    normalise_base_url: "an address",
+}
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "ollama_base_url": normalise_base_url,
+    **dict.fromkeys(("connect_timeout_s", "read_timeout_s", "deadline_s", "op_budget_s", "embed_budget_s",
+                     "window_ms"), float),
+    **dict.fromkeys(("ttl_s", "max_entry_bytes", "max_concurrency", "max_waiting", "max_batch"), int),
+    "cache_enabled": _bool,
+}  # fmt: skip
