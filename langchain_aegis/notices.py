@@ -1,0 +1,31 @@
+"""The package's one logger: a warning is said once per process."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+logger = logging.getLogger("langchain_aegis")
+
+_said: set[str] = set()
+_lock = threading.Lock()
+
+
+def warn_once(code: str, message: str) -> None:
+    """Log `message` as a warning the first time that this process meets `code`.
+
+    Args:
+        code: What the warning is about, e.g. `unnamed_model`; it starts the logged line.
+        message: What happened and what the user can do. Never a prompt, an answer or a credential.
+    """
+    with _lock:
+        if code in _said:
+            return
+        _said.add(code)
+    logger.warning("%s: %s", code, message)
+
+
+def forget_warnings() -> None:
+    """Let every warning be said again: for tests."""
+    with _lock:
+        _said.clear()
