@@ -6,6 +6,7 @@ Knows nothing of LangChain, Redis or Ollama, and does no I/O.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
@@ -36,7 +37,7 @@ class AegisSettings:
     """
 
     # Servers
-    ollama_base_url: str = "http://127.0.0.1:11434"
+    ollama_base_url: str = field(default="http://127.0.0.1:11434", repr=False)  # may hold a password
     model_generation: str | None = None
     model_embeddings: str | None = None
     redis_url: str = field(default="redis://127.0.0.1:6379", repr=False)  # may hold a password
@@ -135,10 +136,10 @@ def normalise_base_url(text: str) -> str:
 
 def redact_url(url: str) -> str:
     """Return `url` without user and password, fit for logs and errors."""
-    head, scheme, rest = url.rpartition("://")
-    authority, slash, path = rest.partition("/")
-    _, at, host = authority.rpartition("@")
-    return f"{head}{scheme}{'***@' if at else ''}{host}{slash}{path.partition('?')[0]}"
+    start = re.match(r"[a-z][a-z0-9+.-]*://", url, re.IGNORECASE)
+    scheme = start[0] if start else ""
+    _, at, rest = url.removeprefix(scheme).rpartition("@")  # the last one: a password may be left unquoted
+    return f"{scheme}{'***@' if at else ''}{rest.partition('?')[0]}"
 
 
 def _redis_url(env: Mapping[str, str]) -> str:
@@ -158,7 +159,7 @@ def _parse(variable: str, name: str, text: str) -> Any:
     try:
         return parser(text)
     except ValueError:
-        raise _config_error(f"{variable}={text!r} cannot be read as {_KINDS[parser]}") from None
+        raise _config_error(f"{variable}={redact_url(text)!r} cannot be read as {_KINDS[parser]}") from None
 
 
 def _bool(text: str) -> bool:
