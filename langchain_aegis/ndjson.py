@@ -1,0 +1,129 @@
+"""Read Ollama's answers from bytes, one rule for streamed ones and whole ones. Pure: no network.
+
+Lines end at `\n` only (JSON texts may hold other characters that Python counts as line ends), sizes are bounded,
+and an answer counts only when exactly one part said `done: true`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from langchain_aegis.errors import AegisStreamError
+from langchain_aegis.notices import warn_once
+from langchain_aegis.refusals import error_line
+
+MAX_LINE_BYTES = 8 * 1024 * 1024
+MAX_TOTAL_BYTES = 64 * 1024 * 1024
+_QUOTED_BYTES = 120
+_BOM = b"\xef\xbb\xbf"
+
+
+class ChatParts:
+    """The parts of one answer of `/api/chat`, checked as they arrive.
+
+    Attributes:
+        begun: The server has answered with a status of success.
+        done: The part that ends the answer has been returned.
+    """
+
+    def __init__(self, *, max_line_bytes: int = MAX_LINE_BYTES, max_total_bytes: int = MAX_TOTAL_BYTES) -> None:
+        self.begun = False
+        self.done = False
+        self._max_line = max_line_bytes
+        self._max_total = max_total_bytes
+        self._buffer = bytearray()
+        self._searched = 0
+        self._total = 0
+        self._texts: list[str] = []
+
+    @property
+    def partial(self) -> str:
+        """Text that has arrived so far."""
+        return "".join(self._texts)
+
+    def feed(self, data: bytes) -> list[dict[str, Any]]:
+        """Return the parts that `data` completes.
+
+        Raises:
+            AegisStreamError: A line is no part of an answer, holds an error, or is too long.
+        """
+        self._total += len(data)
+        if self._total > self._max_total:
+            raise self._broken(f"the answer is longer than {self._max_total} bytes")
+        self._buffer += data
+        parts = []
+        while (end := self._buffer.find(b"\n", self._searched)) >= 0:
+            line = bytes(self._buffer[:end])
+            del self._buffer[: end + 1]
+            self._searched = 0
+            if (part := self._read(line)) is not None:
+                parts.append(part)
+        self._searched = len(self._buffer)
+        if self._searched > self._max_line:
+            raise self._broken(f"a line of the answer is longer than {self._max_line} bytes")
+        return parts
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Return what a last line without its end holds, once the connection has ended.
+
+        Raises:
+            AegisStreamError: No part said `done: true`, so the answer is not whole.
+        """
+        last = self._read(bytes(self._buffer))
+        self._buffer.clear()
+        if not self.done:
+            raise self._broken("the answer ended without `done: true`; it may be cut")
+        return [last] if last is not None else []
+
+    def whole(self, body: bytes) -> dict[str, Any]:
+        """Return the one part that an answer without streaming consists of."""
+        part = self._read(body)
+        if part is None or not self.done:
+            raise self._broken("the answer came without `done: true`; it may be cut")
+        return part
+
+    def _read(self, line: bytes) -> dict[str, Any] | None:
+        line = line.strip(b" \t\r\n").removeprefix(_BOM)
+        if not line:
+            return None
+        if len(line) > self._max_line:
+            raise self._broken(f"a line of the answer is longer than {self._max_line} bytes")
+        if self.done:
+            warn_once("data_after_done", "an Ollama server sent more after the end of an answer; it was ignored")
+            return None
+        part = parse_object(line, partial=self.partial)
+        message = part.get("message")
+        done = part.get("done") is True
+        if message is None and done:
+            message = part["message"] = {}
+        if not isinstance(message, dict) or not isinstance(message.get("content") or "", str):
+            raise self._broken(f"not a part of an answer of Ollama: {_quote(line)}")
+        self._texts.append(message.get("content") or "")
+        self.done = done
+        return part
+
+    def _broken(self, message: str) -> AegisStreamError:
+        return AegisStreamError(message, partial=self.partial)
+
+
+def parse_object(body: bytes, *, partial: str = "") -> dict[str, Any]:
+    """Return the JSON object that `body` holds.
+
+    Raises:
+        AegisStreamError: It is no JSON object, or one with an `error`.
+    """
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as exc:
+        raise AegisStreamError(f"not an answer of Ollama: {_quote(body)}", partial=partial) from exc
+    if not isinstance(value, dict):
+        raise AegisStreamError(f"not an answer of Ollama: {_quote(body)}", partial=partial)
+    if error := value.get("error"):
+        raise error_line(error, partial=partial)
+    return value
+
+
+def _quote(line: bytes) -> str:
+    return repr(line[:_QUOTED_BYTES].decode("utf-8", "replace"))
