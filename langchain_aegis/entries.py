@@ -1,0 +1,261 @@
+"""Answers as records that can be trusted when they are read back.
+
+Record v1 is a flat hash. Its MAC covers every field, the vector and the guards' profile too, so that nobody who can
+write to Redis can forge an answer or point a true one at another question. Values are plain JSON of our own shape:
+nothing in a record can name a class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal
+
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.outputs import ChatGeneration, Generation
+
+from langchain_aegis.messages import dumps, loads
+
+VERSION: Final = b"1"
+_FIELDS: Final = (
+    "v", "key", "scope", "emb", "digest", "created_ms", "expires_ms", "epochs", "answer", "profile", "vec", "src",
+    "task", "question",
+)  # fmt: skip
+_TEXT_FIELDS: Final = frozenset(_FIELDS) - {"v", "answer", "profile", "vec"}
+_NAMES: Final = tuple((name.encode(), len(name).to_bytes(1, "big") + name.encode()) for name in _FIELDS)
+
+# How a model says why it stopped; only the first line's values mean that the answer is complete.
+_COMPLETE = frozenset({"stop", "end_turn", "stop_sequence", "STOP", "eos", "eos_token"})
+_COMPLETE_CALL = frozenset({"tool_calls", "tool_use", "function_call"})
+_REASON_FIELDS = ("done_reason", "finish_reason", "stop_reason")
+
+# What is kept of response_metadata: what describes the answer. Timings and ids belong to the call that made it.
+_KEPT_METADATA = frozenset(
+    {"model", "model_name", "model_provider", "done", "system_fingerprint", "output_version", *_REASON_FIELDS}
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One answer as it lies in Redis.
+
+    Attributes:
+        key: The exact key, which is also part of the record's name.
+        scope: The scope, or "".
+        emb: Id of the embedder that made `vec`, or "".
+        digest: The model's digest when the answer was made, or "".
+        created_ms: Unix time in milliseconds.
+        expires_ms: Unix time in milliseconds after which the record is never served.
+        epochs: The namespace's incarnation and clock, as they were before the answer was made.
+        answer: The answer as JSON, see `encode_answer`.
+        profile: What the guards need to know about the question, or b"".
+        vec: The question's vector as float16, little endian, or b"".
+        src: Names of the documents that the answer rests on.
+        task: Name of the task, or "".
+        question: The question's text if it is kept, else "".
+    """
+
+    key: str
+    scope: str
+    emb: str
+    digest: str
+    created_ms: int
+    expires_ms: int
+    epochs: str
+    answer: bytes
+    profile: bytes = b""
+    vec: bytes = b""
+    src: tuple[str, ...] = ()
+    task: str = ""
+    question: str = ""
+
+    def sealed(self, mac_key: bytes) -> dict[str, bytes]:
+        """Return the record as Redis fields, signed."""
+        values: dict[str, bytes] = {"v": VERSION}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, tuple):
+                value = ",".join(value)
+            values[f.name] = value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
+        values["mac"] = _mac(mac_key, {name.encode(): value for name, value in values.items()})
+        return values
+
+
+def unseal(stored: Mapping[bytes, bytes], mac_key: bytes) -> Record | None:
+    """Return the record in `stored`, or None if it is damaged, forged, or of another version.
+
+    Unknown fields are ignored; they are not signed and not read.
+    """
+    try:
+        mac = stored.get(b"mac", b"")
+        if stored.get(b"v") != VERSION or not hmac.compare_digest(mac, _mac(mac_key, stored)):
+            return None
+        text = {name: stored[name.encode()].decode("utf-8", "surrogatepass") for name in _TEXT_FIELDS}
+        return Record(
+            key=text["key"], scope=text["scope"], emb=text["emb"], digest=text["digest"],
+            created_ms=int(text["created_ms"]), expires_ms=int(text["expires_ms"]), epochs=text["epochs"],
+            answer=stored[b"answer"], profile=stored[b"profile"], vec=stored[b"vec"],
+            src=tuple(s for s in text["src"].split(",") if s), task=text["task"], question=text["question"],
+        )  # fmt: skip
+    except (KeyError, ValueError, AttributeError, TypeError):
+        return None
+
+
+def _mac(mac_key: bytes, values: Mapping[bytes, bytes]) -> bytes:
+    digest = hashlib.blake2b(key=mac_key, digest_size=16, person=b"aegis-record-v1")
+    for name, framed in _NAMES:
+        value = values[name]
+        digest.update(framed)
+        digest.update(len(value).to_bytes(8, "big"))
+        digest.update(value)
+    return digest.digest()
+
+
+def refusal(generations: Sequence[Generation]) -> str | None:
+    """Return why these generations must not be stored, as a reason code, or None.
+
+    Only a complete answer is stored: a cut one would be served again and again. A plain `Generation` carries no such
+    information and is taken as it is.
+    """
+    if not generations:
+        return "empty"
+    for generation in generations:
+        if not isinstance(generation, ChatGeneration):
+            if not generation.text:
+                return "empty"
+            continue
+        message = generation.message
+        if not isinstance(message, AIMessage):
+            return "not_an_answer"
+        if message.invalid_tool_calls:
+            return "invalid_tool_calls"
+        if not message.content and not message.tool_calls:
+            return "empty"
+        metadata = {**(generation.generation_info or {}), **message.response_metadata}
+        if metadata.get("done") is False:
+            return "incomplete"
+        reasons = [metadata[name] for name in _REASON_FIELDS if metadata.get(name) is not None]
+        allowed = _COMPLETE | _COMPLETE_CALL if message.tool_calls else _COMPLETE
+        if not reasons or any(reason not in allowed for reason in reasons):
+            return "incomplete"
+    return None
+
+
+def calls_tools(generations: Sequence[Generation]) -> bool:
+    """Return whether an answer asks for a tool; such answers are served on an exact repeat only."""
+    return any(isinstance(g, ChatGeneration) and isinstance(g.message, AIMessage) and g.message.tool_calls
+               for g in generations)  # fmt: skip
+
+
+def encode_answer(generations: Sequence[Generation]) -> bytes:
+    """Write generations as JSON. Raises TypeError or ValueError if they hold what JSON cannot."""
+    return dumps({"kind": "generations", "items": [_plain(g) for g in generations]}, sort=False)
+
+
+def decode_answer(data: bytes, *, marks: Mapping[str, Any] | None = None) -> list[Generation] | None:
+    """Return fresh generations, or None if `data` holds none.
+
+    Args:
+        data: What `encode_answer` wrote.
+        marks: Put into each message's `response_metadata["aegis_cache"]`.
+    """
+    try:
+        document = loads(data)
+        if document["kind"] != "generations":
+            return None
+        return [_revived(item, marks) for item in document["items"]] or None
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def encode_value(value: Any) -> bytes:
+    """Write a pipeline's answer: a text, a message, a list of messages, or JSON. Raises TypeError or ValueError."""
+    if isinstance(value, AIMessage):
+        return dumps({"kind": "message", "item": _message_fields(value)}, sort=False)
+    if isinstance(value, BaseMessage) or (isinstance(value, list) and any(isinstance(v, BaseMessage) for v in value)):
+        if isinstance(value, list) and all(isinstance(v, AIMessage) for v in value):
+            return dumps({"kind": "messages", "items": [_message_fields(v) for v in value]}, sort=False)
+        raise TypeError("only the model's own messages can be kept")
+    data = dumps({"kind": "value", "item": value}, sort=False)
+    if loads(data)["item"] != value:
+        raise TypeError("the value is not plain JSON: it would come back changed")
+    return data
+
+
+def decode_value(data: bytes, *, marks: Mapping[str, Any] | None = None) -> tuple[Literal[True], Any] | None:
+    """Return (True, value), or None if `data` holds no value."""
+    try:
+        document = loads(data)
+        kind = document["kind"]
+        if kind == "value":
+            return True, document["item"]
+        if kind == "message":
+            return True, _revived_message(document["item"], marks)
+        if kind == "messages":
+            return True, [_revived_message(item, marks) for item in document["items"]]
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
+    return None
+
+
+def _plain(generation: Generation) -> dict[str, Any]:
+    if isinstance(generation, ChatGeneration):
+        if not isinstance(generation.message, AIMessage):
+            raise TypeError("not an answer")
+        return {"message": _message_fields(generation.message)}
+    return {"text": generation.text, "info": generation.generation_info}
+
+
+def _message_fields(message: AIMessage) -> dict[str, Any]:
+    usage = message.usage_metadata
+    return {
+        "content": message.content,
+        "tool_calls": [{"name": c["name"], "args": c["args"], "id": c["id"]} for c in message.tool_calls],
+        "usage": dict(usage) if usage else None,
+        "metadata": {k: v for k, v in message.response_metadata.items() if k in _KEPT_METADATA},
+        "extra": message.additional_kwargs,
+        "name": message.name,
+    }
+
+
+def _revived(item: dict[str, Any], marks: Mapping[str, Any] | None) -> Generation:
+    if "message" not in item:
+        if not isinstance(item["text"], str):
+            raise TypeError("not a text")
+        return Generation(text=item["text"], generation_info=item["info"])
+    return ChatGeneration(message=_revived_message(item["message"], marks))
+
+
+def _revived_message(item: dict[str, Any], marks: Mapping[str, Any] | None) -> AIMessage:
+    metadata = dict(item["metadata"])
+    if marks is not None:
+        metadata["aegis_cache"] = dict(marks)
+    return AIMessage(
+        content=item["content"],
+        # A new id per hit: with the old one, LangGraph's add_messages would replace the earlier message.
+        id=f"aegis-{uuid.uuid4()}",
+        name=item["name"],
+        tool_calls=[
+            {"name": c["name"], "args": c["args"], "id": c["id"], "type": "tool_call"} for c in item["tool_calls"]
+        ],
+        additional_kwargs=item["extra"],
+        response_metadata=metadata,
+        usage_metadata=_complete_usage(item["usage"]),
+    )
+
+
+def _complete_usage(usage: dict[str, Any] | None) -> Any:
+    """Usage with every required count, marked as read from a cache; event streams fail without the counts."""
+    told = {k: v for k, v in (usage or {}).items() if k != "total_cost"}
+    read = int(told.get("input_tokens") or 0)
+    written = int(told.get("output_tokens") or 0)
+    return {
+        **told,
+        "input_tokens": read,
+        "output_tokens": written,
+        "total_tokens": int(told.get("total_tokens") or read + written),
+        "input_token_details": {**(told.get("input_token_details") or {}), "cache_read": read},
+    }

@@ -1,0 +1,64 @@
+"""Vectors as Redis keeps them: float16, little endian, length 1."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import struct
+from collections.abc import Sequence
+from operator import mul
+from typing import Any
+
+np: Any = None
+with contextlib.suppress(
+    ImportError
+):  # numpy comes with any embedder that runs in the process; without it, struct does
+    import numpy as np
+
+
+def pack(vector: Sequence[float]) -> bytes | None:
+    """Return `vector`, shape `(dimensions,)`, scaled to length 1 as float16; None if it has no direction.
+
+    A vector with NaN or infinity, or of length 0, would match everything: it is refused.
+    """
+    try:
+        if np is not None:
+            values = np.asarray(vector, dtype=np.float64)
+            length = float(np.sqrt(np.dot(values, values))) if values.ndim == 1 else 0.0
+            if not (math.isfinite(length) and length > 0):
+                return None
+            packed: bytes = (values / length).astype("<f2").tobytes()
+            return packed
+        length = math.sqrt(math.fsum(x * x for x in vector))
+        if not (math.isfinite(length) and length > 0):
+            return None
+        return struct.pack(f"<{len(vector)}e", *(x / length for x in vector))
+    except (TypeError, ValueError, OverflowError, struct.error):
+        return None
+
+
+def similarities(query: bytes, stored: Sequence[bytes]) -> list[float]:
+    """Return the cosine of `query` with each of `stored`, in [-1, 1]; NaN where lengths differ or a value is no number.
+
+    Computed here, from signed bytes, rather than taken from the server.
+    """
+    if np is not None:
+        q = np.frombuffer(query, dtype="<f2").astype(np.float32)
+        q_length = float(np.sqrt(q @ q))
+        rows = [s if len(s) == len(query) else b"\x00\x7e" * (len(query) // 2) for s in stored]  # 0x7e00 is NaN
+        if not rows:
+            return []
+        matrix = np.frombuffer(b"".join(rows), dtype="<f2").reshape(len(rows), -1).astype(np.float32)
+        with np.errstate(all="ignore"):
+            result: list[float] = (matrix @ q / (np.sqrt(np.einsum("ij,ij->i", matrix, matrix)) * q_length)).tolist()
+        return result
+    return [_similarity(query, s) for s in stored]
+
+
+def _similarity(query: bytes, stored: bytes) -> float:
+    if len(stored) != len(query) or len(query) % 2:
+        return math.nan
+    a = struct.unpack(f"<{len(query) // 2}e", query)
+    b = struct.unpack(f"<{len(stored) // 2}e", stored)
+    length = math.sqrt(sum(map(mul, a, a)) * sum(map(mul, b, b)))
+    return sum(map(mul, a, b)) / length if length else math.nan
