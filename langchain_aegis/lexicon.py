@@ -1,0 +1,312 @@
+"""The words that the guards and the question rules know, read from data files once per process."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+_DATA = files("langchain_aegis") / "data"
+_FILES = ("languages.toml", "guards.toml", "opposites.toml", "synonyms.toml")
+LANGUAGES = ("", "en", "de", "fr", "es", "it", "nl", "pt")  # a profile stores the position; "" is undecided
+MODES = ("strict", "balanced", "lenient")
+
+
+@dataclass(slots=True)
+class Word:
+    """What the lexicon knows about one form. A form that nothing is known about has no `Word`."""
+
+    number: int  # of the form in the lexicon, from 1; 0 while it has no content of its own
+    stop: bool = False
+    optional: bool = False
+    negation: bool = False
+    soft_negation: bool = False
+    question: str = ""
+    value: float | None = None
+    factor: float | None = None
+    ordinal: int | None = None
+    weak: bool = False
+    unit: tuple[str, float] | None = None
+    exclusive: tuple[tuple[int, int], ...] = ()  # (group, class)
+    opposites: tuple[tuple[int, int], ...] = ()  # (pair, side 1 or 2)
+    shape: int = 0  # bit of the wish about the answer's form
+    direction: str = ""  # "from" | "to" | "convert"
+
+
+@dataclass(slots=True)
+class Table:
+    """The forms of one language; keys are lower case, except those that match only as they are written."""
+
+    words: dict[str, Word] = field(default_factory=dict)
+    stems: dict[str, Word] = field(default_factory=dict)
+    # first word, or its stem -> (the words that follow, the phrase's key in `words`), longest first
+    phrases: dict[str, list[tuple[tuple[str, ...], str]]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Lexicon:
+    """Everything that verification needs, in lookups of one step."""
+
+    fingerprint: bytes  # 2 bytes; numbers in a stored profile mean something only under the same one
+    tables: dict[str, Table]
+    votes: dict[str, int]  # form -> bit per position in LANGUAGES
+    related: dict[int, frozenset[int]]  # number of a form -> numbers of the forms that may stand for it
+    optional: frozenset[int]
+    conflicts: frozenset[tuple[str, str]]
+    questions: tuple[str, ...]  # codes of question words; a profile stores the position
+    shapes: tuple[str, ...]
+    groups: tuple[str, ...]  # names of the exclusive sets
+    yes_no: frozenset[str]
+    separable: frozenset[str]
+    not_prefixed: frozenset[str]
+    symmetric: frozenset[str]
+    passive_aux: frozenset[str]
+    passive_by: frozenset[str]
+
+
+def read(name: str) -> dict[str, Any]:
+    """Return one data file, parsed."""
+    return tomllib.loads((_DATA / name).read_text(encoding="utf-8"))
+
+
+@cache
+def thresholds(embedder: str, mode: str) -> tuple[float, bool]:
+    """Return the similarity from which on a candidate is worth verifying.
+
+    Args:
+        embedder: Name of the embedding model, with or without an Ollama tag or a directory.
+        mode: "strict", "balanced" or "lenient".
+
+    Returns:
+        The cosine similarity, and whether it was measured for this embedder.
+
+    Raises:
+        ValueError: There is no such mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
+    data = read("thresholds.toml")
+    name = embedder.rsplit("/", 1)[-1].split(":", 1)[0].lower()
+    name = data["aliases"].get(name, name)
+    known = name in data["embedders"]
+    return float(data["embedders"][name][mode] if known else data["unknown"][mode]), known
+
+
+@cache
+def lexicon() -> Lexicon:
+    """Return the lexicon; the first call reads the data files (some ten milliseconds)."""
+    return _Builder().build()
+
+
+def stem(word: str, language: str) -> str:
+    """Return `word` (lower case) without its inflection. Rough: it only has to be the same for both of two texts."""
+    return _stem_de(word) if language == "de" else _stem_en(word)
+
+
+def _stem_en(word: str) -> str:
+    if word.endswith(("'s", "s'")):
+        word = word[:-2]
+    size = len(word)
+    if size < 4:
+        return word
+    if word.endswith("ies") and size > 4:
+        word = word[:-3] + "y"
+    elif word.endswith(("sses", "shes", "ches", "xes", "zes")):
+        word = word[:-2]
+    elif word.endswith("s") and not word.endswith(("ss", "us", "is")):
+        word = word[:-1]
+    elif word.endswith("ied") and size > 4:
+        return word[:-3] + "y"
+    elif (word.endswith("ing") and size > 5) or (word.endswith("ed") and size > 4):
+        cut = word[:-3] if word.endswith("ing") else word[:-2]
+        if any(vowel in cut for vowel in "aeiouy"):
+            if len(cut) > 3 and cut[-1] == cut[-2] and cut[-1] not in "sf" and (cut[-1] != "l" or len(cut) > 5):
+                cut = cut[:-1]
+            word = cut
+    return word[:-1] if word.endswith("e") and len(word) > 3 else word
+
+
+_FOLD = str.maketrans({"ä": "a", "ö": "o", "ü": "u", "ß": "ss"})
+_DE_ENDINGS = ("ern", "tet", "ten", "est", "en", "er", "em", "es", "et", "te", "st", "e", "n", "s", "t")
+
+
+def _stem_de(word: str) -> str:
+    word = word.translate(_FOLD)
+    size = len(word)
+    for ending in _DE_ENDINGS:
+        if word.endswith(ending) and size - len(ending) >= 4:
+            return word[: -len(ending)]
+    return word
+
+
+class _Builder:
+    """Joins the data files into a `Lexicon`."""
+
+    def __init__(self) -> None:
+        self.tables = {"en": Table(), "de": Table()}
+        self.count = 0
+        self.related: dict[int, set[int]] = {}
+        self.numbers: dict[str, int] = {}
+        self.optional: set[int] = set()
+        self.not_english: set[str] = set()
+        self.not_german: set[str] = set()
+
+    def build(self) -> Lexicon:
+        """Read all files and return the finished lexicon."""
+        guards, languages, synonyms = read("guards.toml"), read("languages.toml"), read("synonyms.toml")
+        self.not_english = set(guards["homographs"]["not_english"].split())
+        self.not_german = set(guards["homographs"]["not_german"].split())
+        for language, text in languages["stop"].items():
+            for word in self._add(text.split(), (language,)):
+                word.stop = True
+        self._negations(guards["negation"])
+        questions = self._questions(guards["question_words"])
+        self._numbers(guards["numbers"])
+        for dimension, text in guards["units"].items():
+            for form, factor in _pairs(text):
+                for word in self._add([form]):
+                    word.unit = (dimension, float(factor))
+        groups = tuple(guards["exclusive"])
+        for group, text in enumerate(guards["exclusive"].values()):
+            for number, members in enumerate(text.split("|")):
+                for word in self._set(members.split(), ("en", "de")):
+                    word.exclusive = (*word.exclusive, (group, number))
+        for pair, line in enumerate(read("opposites.toml")["pairs"].strip().splitlines()):
+            for side, members in enumerate(line.split("|"), start=1):
+                for word in self._set(members.split(), ("en", "de")):
+                    if (pair, side) not in word.opposites:
+                        word.opposites = (*word.opposites, (pair, side))
+        shapes = tuple(guards["shape"])
+        for bit, text in enumerate(guards["shape"].values()):
+            for word in self._add(text.split()):
+                word.shape |= 1 << bit
+                word.stop = True
+        for language, text in synonyms["sets"].items():
+            for line in text.strip().splitlines():
+                self._set(line.split(), (language,))
+        for language, text in synonyms["optional"].items():
+            for word in self._set_one_by_one(text.split(), language):
+                self.optional.add(word.number)
+        direction = guards["direction"]
+        for kind in ("convert", "from", "to"):
+            for word in self._add(direction[kind].split()):
+                word.direction = word.direction or kind
+        for language, table in self.tables.items():
+            _index(table, language)
+        raw = b"".join((_DATA / name).read_bytes() for name in _FILES)
+        return Lexicon(
+            fingerprint=hashlib.blake2b(raw, digest_size=2).digest(),
+            tables=self.tables,
+            votes=_votes(languages["detect"]),
+            related={number: frozenset(others - {number}) for number, others in self.related.items()},
+            optional=frozenset(self.optional),
+            conflicts=_conflicts(guards["question_words"]["conflicts"]),
+            questions=questions,
+            shapes=shapes,
+            groups=groups,
+            yes_no=frozenset(guards["question_words"]["yes_no"].split()),
+            separable=frozenset(synonyms["phrases"]["separable"].split()),
+            not_prefixed=frozenset(guards["negation"]["not_prefixed"].split()),
+            symmetric=frozenset(direction["symmetric"].split()),
+            passive_aux=frozenset(direction["passive_aux"].split()),
+            passive_by=frozenset(direction["passive_by"].split()),
+        )
+
+    def _negations(self, data: dict[str, str]) -> None:
+        for language in self.tables:
+            for word in self._add(data[language].split(), (language,)):
+                word.negation = word.stop = True
+            for word in self._add(data[f"soft_{language}"].split(), (language,)):
+                word.soft_negation = True
+
+    def _questions(self, data: dict[str, str]) -> tuple[str, ...]:
+        codes = ["command", "yes_no"]
+        for language in self.tables:
+            for form, code in _pairs(data[language]):
+                for word in self._add([form], (language,)):
+                    word.question, word.stop = code, True
+                if code not in codes:
+                    codes.append(code)
+        return tuple(codes)
+
+    def _numbers(self, data: dict[str, str]) -> None:
+        for form, value in _pairs(data["words"]):
+            for word in self._add([form]):
+                word.value = float(value)
+        for form, value in _pairs(data["factors"]):
+            for word in self._add([form]):
+                word.factor = float(value)
+        for form, value in _pairs(data["ordinals"]):
+            for word in self._add([form]):
+                word.ordinal = int(value)
+        for word in self._add(data["weak"].split()):
+            word.value, word.weak = 1.0, True
+        for word in self._add(data["two"].split()):
+            word.value, word.weak = 2.0, True
+
+    def _add(self, forms: Iterable[str], languages: Iterable[str] = ("en", "de")) -> Iterator[Word]:
+        """Yield the `Word` of each form in each language, made if needed."""
+        languages = tuple(languages)
+        for form in forms:
+            for language in languages:
+                if form in (self.not_english if language == "en" else self.not_german) and len(languages) > 1:
+                    continue
+                table = self.tables[language]
+                word = table.words.get(form)
+                if word is None:
+                    word = table.words[form] = Word(0)
+                yield word
+
+    def _set(self, forms: list[str], languages: tuple[str, ...]) -> list[Word]:
+        """Make the forms stand for one another; return their words."""
+        words = []
+        for form in forms:
+            for word in self._add([form], languages):
+                if not word.number:
+                    number = self.numbers.get(form)
+                    if number is None:
+                        self.count += 1
+                        number = self.numbers[form] = self.count
+                    word.number = number
+                words.append(word)
+        numbers = {word.number for word in words}
+        for number in numbers:
+            self.related.setdefault(number, set()).update(numbers)
+        return words
+
+    def _set_one_by_one(self, forms: list[str], language: str) -> list[Word]:
+        return [word for form in forms for word in self._set([form], (language,))]
+
+
+def _index(table: Table, language: str) -> None:
+    """Fill `stems` and `phrases` from `words`."""
+    for form, word in table.words.items():
+        if "_" not in form:
+            table.stems.setdefault(stem(form, language), word)
+            continue
+        first, *rest = form.split("_")
+        for key in {first, stem(first, language)}:
+            table.phrases.setdefault(key, []).append((tuple(rest), form))
+    for rests in table.phrases.values():
+        rests.sort(key=lambda found: len(found[0]), reverse=True)
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    return [(form, value) for form, _, value in (item.rpartition("=") for item in text.split())]
+
+
+def _votes(data: dict[str, str]) -> dict[str, int]:
+    votes: dict[str, int] = {}
+    for language, text in data.items():
+        for form in text.split():
+            votes[form] = votes.get(form, 0) | 1 << LANGUAGES.index(language)
+    return votes
+
+
+def _conflicts(text: str) -> frozenset[tuple[str, str]]:
+    pairs = [tuple(item.split(":")) for item in text.split()]
+    return frozenset({(a, b) for a, b in pairs} | {(b, a) for a, b in pairs})
