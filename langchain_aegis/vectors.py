@@ -24,7 +24,8 @@ def pack(vector: Sequence[float]) -> bytes | None:
     try:
         if np is not None:
             values = np.asarray(vector, dtype=np.float64)
-            length = float(np.sqrt(np.dot(values, values))) if values.ndim == 1 else 0.0
+            with np.errstate(all="ignore"):
+                length = float(np.sqrt(np.dot(values, values))) if values.ndim == 1 else 0.0
             if not (math.isfinite(length) and length > 0):
                 return None
             packed: bytes = (values / length).astype("<f2").tobytes()

@@ -1,0 +1,216 @@
+"""Redis clients that never make a caller wait: tight timeouts, no retries, a breaker."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import redis
+import redis.asyncio
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.retry import Retry
+
+from langchain_aegis.breaker import Breaker, Unavailable
+from langchain_aegis.errors import AegisConfigError
+from langchain_aegis.loops import PerLoop
+from langchain_aegis.notices import warn_once
+from langchain_aegis.settings import redact_url
+from langchain_aegis.store import Commands
+
+_SCHEMES = ("redis://", "rediss://", "unix://")
+
+
+class Connections:
+    """Performs a store's commands, blocking or awaited, on one Redis.
+
+    Args:
+        url: `redis://`, `rediss://` or `unix://`.
+        client: Use this client's server and credentials instead (a `redis.Redis` or `redis.asyncio.Redis`).
+        budget_s: How long one round trip may take; a slower one counts as a fault.
+        kwargs: Further arguments of redis-py's connections.
+        max_connections: Per event loop, and for all threads together.
+
+    Raises:
+        AegisConfigError: The URL or an argument cannot be used. Nothing is connected yet.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        client: Any = None,
+        budget_s: float = 0.1,
+        kwargs: Mapping[str, Any] | None = None,
+        max_connections: int = 32,
+    ) -> None:
+        self.breaker = Breaker()
+        self._budget_s = budget_s
+        self._size = max_connections
+        self._told = {**_connection_arguments(url, client), **(kwargs or {})}
+        self._ours: dict[str, Any] = {
+            "decode_responses": False,
+            "protocol": 2,  # with 3, raw replies of FT.SEARCH change their shape
+            "socket_timeout": budget_s,
+            "socket_connect_timeout": budget_s,
+            "driver_info": None,  # saves a round trip when connecting
+        }
+        self._lock = threading.Lock()
+        self._sync: redis.Redis | None = None
+        self._async: PerLoop[redis.asyncio.Redis] = PerLoop(
+            self._make_async, lambda client: client.aclose(close_connection_pool=True)
+        )
+        _living.add(self)
+        self._make_sync()  # a wrong argument is said now; nothing is connected
+
+    def perform(self, step: Commands) -> list[Any]:
+        """Send one round trip; error replies are returned as values.
+
+        Raises:
+            Unavailable: Redis cannot be asked, or did not answer within the budget.
+        """
+        if not self.breaker.allow():
+            raise Unavailable("redis_down")
+        client = self._sync
+        if client is None:
+            with self._lock:
+                client = self._sync = self._sync or self._make_sync()
+        try:
+            if len(step.each) == 1:
+                try:
+                    replies = [client.execute_command(*step.each[0])]
+                except ResponseError as exc:
+                    replies = [exc]
+            else:
+                pipe = client.pipeline(transaction=False)
+                for command in step.each:
+                    pipe.execute_command(*command)
+                replies = pipe.execute(raise_on_error=False)
+        except (RedisError, OSError) as exc:
+            raise self._unavailable(exc) from exc
+        self.breaker.succeeded()
+        return replies
+
+    async def aperform(self, step: Commands) -> list[Any]:
+        """Like `perform`, without blocking the event loop."""
+        if not self.breaker.allow():
+            raise Unavailable("redis_down")
+        client = self._async.get()
+        try:
+            if len(step.each) == 1:
+                try:
+                    replies = [await client.execute_command(*step.each[0])]
+                except ResponseError as exc:
+                    replies = [exc]
+            else:
+                pipe = client.pipeline(transaction=False)
+                for command in step.each:
+                    pipe.execute_command(*command)
+                replies = await pipe.execute(raise_on_error=False)
+        except (RedisError, OSError) as exc:
+            raise self._unavailable(exc) from exc
+        self.breaker.succeeded()
+        return replies
+
+    def close(self) -> None:
+        """Close the connections of all threads; a later call opens new ones."""
+        with self._lock:
+            client, self._sync = self._sync, None
+        if client is not None:
+            client.close()
+            client.connection_pool.disconnect()
+
+    async def aclose(self) -> None:
+        """Close the connections of this event loop, and those of all threads."""
+        await self._async.aclose()
+        self.close()
+
+    def after_fork(self) -> None:
+        """In the child of a fork: the connections are the parent's."""
+        self._lock = threading.Lock()
+        self._sync = None
+        self._async.forget()
+
+    def _unavailable(self, exc: Exception) -> Unavailable:
+        self.breaker.failed()
+        slow = isinstance(exc, (RedisTimeoutError, TimeoutError))
+        warn_once(
+            "redis_unavailable",
+            f"Redis does not answer ({type(exc).__name__}); calls go to the model until it does. See `aegis doctor`",
+        )
+        return Unavailable("redis_slow" if slow else "redis_down")
+
+    def _make_sync(self) -> redis.Redis:
+        arguments = {**self._told, **self._ours, "retry": Retry(NoBackoff(), 0)}
+        kind = _connection_class(arguments, redis.Connection, redis.SSLConnection, redis.UnixDomainSocketConnection)
+        try:
+            pool = redis.BlockingConnectionPool(
+                max_connections=self._size, timeout=self._budget_s, connection_class=kind, **arguments
+            )
+            pool.make_connection()  # unconnected: only checks the arguments
+        except TypeError as exc:
+            raise AegisConfigError(f"redis_kwargs: {exc}") from exc
+        return redis.Redis(connection_pool=pool)
+
+    def _make_async(self) -> redis.asyncio.Redis:
+        arguments = {**self._told, **self._ours, "retry": AsyncRetry(NoBackoff(), 0)}
+        kind = _connection_class(
+            arguments,
+            redis.asyncio.Connection,
+            redis.asyncio.SSLConnection,
+            redis.asyncio.UnixDomainSocketConnection,
+        )
+        pool = redis.asyncio.BlockingConnectionPool(
+            max_connections=self._size, timeout=self._budget_s, connection_class=kind, **arguments
+        )
+        return redis.asyncio.Redis(connection_pool=pool)
+
+
+def _connection_arguments(url: str, client: Any) -> dict[str, Any]:
+    if client is None:
+        if not url.startswith(_SCHEMES):
+            raise AegisConfigError(
+                f"redis_url must start with {', '.join(_SCHEMES)}, got {redact_url(url)!r} (try redis://127.0.0.1:6379)"
+            )
+        try:
+            return dict(redis.connection.parse_url(url))
+        except ValueError as exc:
+            raise AegisConfigError(f"redis_url cannot be read: {redact_url(url)!r}") from exc
+    pool = getattr(client, "connection_pool", None)
+    kinds = (redis.ConnectionPool, redis.asyncio.ConnectionPool)
+    if not isinstance(pool, kinds) or "Sentinel" in type(pool).__name__:
+        raise AegisConfigError(
+            "redis must be a redis.Redis or redis.asyncio.Redis client of one server; or give redis_url"
+        )
+    told = dict(pool.connection_kwargs)
+    for ours in ("retry", "retry_on_error", "retry_on_timeout", "parser_class", "encoder_class", "event_dispatcher",
+                 "maint_notifications_config", "maint_notifications_pool_handler", "redis_connect_func", "lib_name", "lib_version"):  # fmt: skip
+        told.pop(ours, None)
+    told["connection_class"] = pool.connection_class
+    return told
+
+
+def _connection_class(arguments: dict[str, Any], plain: type, tls: type, unix: type) -> Any:
+    """Choose the class by what the URL or the client asked for; drops the argument that said so."""
+    told = arguments.pop("connection_class", None)
+    name = told.__name__ if told is not None else ""
+    if "path" in arguments or "Unix" in name:
+        return unix
+    return tls if "SSL" in name else plain
+
+
+_living: weakref.WeakSet[Connections] = weakref.WeakSet()
+
+
+def _forget_after_fork() -> None:
+    for connections in list(_living):
+        connections.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)
