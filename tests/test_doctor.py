@@ -1,0 +1,340 @@
+"""The doctor: what it says of files and of live servers is true, and it invents nothing."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from langchain_aegis.ollama.compose import check_compose
+from langchain_aegis.ollama.doctor import _judge_redis, _judge_window, check_files, window_in_environment
+from langchain_aegis.ollama.environment import Variable, check_variables, read_env_file
+from langchain_aegis.ollama.findings import Finding, exit_code
+from langchain_aegis.ollama.knowledge import knowledge, version_tuple
+
+TABLE = knowledge()
+CLEAN = """
+services:
+  ollama:
+    image: ollama/ollama:0.33.0
+    environment: {OLLAMA_NUM_PARALLEL: "4", OLLAMA_CONTEXT_LENGTH: "8192", OLLAMA_KEEP_ALIVE: "30m"}
+    ports: ["127.0.0.1:11434:11434"]
+    healthcheck: {test: ["CMD", "ollama", "list"]}
+"""
+
+
+def codes(findings, *severities):
+    return {f.code for f in findings if not severities or f.severity in severities}
+
+
+def of_environment(server_only=True, version=None, **values):
+    variables = {name: Variable(value, name) for name, value in values.items()}
+    return list(check_variables(variables, server_only=server_only, version=version))
+
+
+def of_compose(tmp_path, text, **values):
+    path = tmp_path / "compose.yml"
+    path.write_text(text)
+    return list(check_compose(path, values))
+
+
+# -- The table ---------------------------------------------------------------------------------------------------
+
+
+def test_every_row_says_what_its_kind_needs():
+    for setting in TABLE.server.values():
+        if setting.reads == "no":
+            assert setting.instead, setting.name
+            assert setting.kind is None
+        else:
+            assert setting.effect and setting.kind and setting.since, setting.name
+        if setting.until:
+            assert version_tuple(setting.since) <= version_tuple(setting.until) < version_tuple(TABLE.verified)
+
+
+def test_what_is_recommended_instead_is_read():
+    """Advice that names another setting names one that works."""
+    for setting in TABLE.server.values():
+        word = setting.instead.partition(" ")[0]
+        if word.startswith("OLLAMA_"):
+            assert TABLE.server[word].reads == "yes", setting.name
+
+
+def test_what_applications_use_is_no_setting_of_the_server():
+    assert not {n for n in TABLE.application if n in TABLE.server and TABLE.server[n].reads == "yes"}
+    assert {"OLLAMA_BASE_URL", "OLLAMA_MODEL_GENERATION", "OLLAMA_MODEL_EMBEDDINGS"} <= TABLE.application
+
+
+# -- Variables ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n, s in TABLE.server.items() if s.reads != "yes"])
+def test_each_setting_that_does_nothing_is_found(name):
+    (finding,) = of_environment(**{name: "1"})
+    assert finding.severity == "warning"
+    assert name in finding.what
+    assert finding.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("OLLAMA_NUM_PARALLEL", ["4", " 8 ", '"2"'], ["four", "-1", "2.5", "4k"]),
+        ("OLLAMA_SCHED_SPREAD", ["1", "true", "F", "0"], ["yes", "on", "2"]),
+        ("OLLAMA_KEEP_ALIVE", ["30m", "-1", "1h30m", "3600", "1.5h"], ["30 minutes", "forever", "30min"]),
+        ("OLLAMA_LOAD_TIMEOUT", ["10m", "0"], ["ten"]),
+        ("OLLAMA_KV_CACHE_TYPE", ["f16", "q8_0", "q4_0"], ["fp16", "int8"]),
+    ],
+)
+def test_values_that_the_server_misreads_are_found(name, good, bad):
+    for value in good:
+        assert not codes(of_environment(**{name: value}), "warning", "error"), value
+    for value in bad:
+        assert codes(of_environment(**{name: value}), "warning", "error") == {"value-misread"}, value
+
+
+@pytest.mark.parametrize(
+    ("values", "code"),
+    [
+        ({"OLLAMA_KEEP_ALIVE": "0"}, "keep-alive-zero"), ({"OLLAMA_KEEP_ALIVE": "0s"}, "keep-alive-zero"),
+        ({"OLLAMA_KEEP_ALIVE": "30"}, "keep-alive-seconds"),
+        ({"OLLAMA_MAX_LOADED_MODELS": "1"}, "models-evict-each-other"),
+        ({"OLLAMA_ORIGINS": "http://a, *"}, "any-web-page"), ({"OLLAMA_DEBUG_LOG_REQUESTS": "1"}, "prompts-logged"),
+        ({"OLLAMA_KV_CACHE_TYPE": "q8_0", "OLLAMA_FLASH_ATTENTION": "0"}, "kv-cache-needs-flash-attention"),
+        ({"OLLAMA_NUM_PARALEL": "4"}, "setting-unknown"), ({"OLLAMA_MODEL": "x"}, "setting-unknown"),
+        ({"OLLAMA_GPU_OVERHEAD": "0"}, "setting-without-effect"),
+    ],
+)  # fmt: skip
+def test_values_that_hurt_are_found(values, code):
+    assert codes(of_environment(**values), "warning", "error") == {code}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"OLLAMA_KV_CACHE_TYPE": "q8_0"}, {"OLLAMA_KV_CACHE_TYPE": "q8_0", "OLLAMA_FLASH_ATTENTION": "1"},
+        {"OLLAMA_KV_CACHE_TYPE": "f16", "OLLAMA_FLASH_ATTENTION": "0"}, {"OLLAMA_MAX_QUEUE": "512"},
+        {"OLLAMA_KEEP_ALIVE": "300"}, {"OLLAMA_NUM_PARALLEL": ""}, {"LLAMA_ARG_THREADS": "16"},
+        {"LLAMA_ARG_SOMETHING_ELSE": "1"}, {"CUDA_VISIBLE_DEVICES": "0"}, {"NVIDIA_VISIBLE_DEVICES": "all"},
+    ],
+)  # fmt: skip
+def test_nothing_is_invented(values):
+    assert not codes(of_environment(**values), "warning", "error")
+
+
+def test_names_of_the_application_are_fine_in_an_env_file_and_useless_in_the_servers_environment():
+    values = {
+        "OLLAMA_BASE_URL": "http://x",
+        "OLLAMA_MODEL_GENERATION": "y",
+        "OLLAMA_TIMEOUT": "60",
+        "OLLAMA_MYAPP": "1",
+    }
+    assert not codes(of_environment(server_only=False, **values), "warning", "error")
+    assert len(of_environment(**values)) == 4
+    (finding,) = of_environment(server_only=False, OLLAMA_NUM_PARALELL="4")
+    assert "OLLAMA_NUM_PARALLEL" in finding.fix
+
+
+def test_the_version_of_the_image_counts():
+    """What an old server still read is not called ignored, and what it did not have yet is."""
+    assert not of_environment(version="0.6.0", OLLAMA_NEW_ENGINE="1")
+    assert codes(of_environment(version="0.32.15", OLLAMA_NEW_ENGINE="1")) == {"setting-ignored"}
+    assert codes(of_environment(version="0.5.7", OLLAMA_CONTEXT_LENGTH="8192")) == {"setting-too-new"}
+    assert codes(of_environment(version="0.24.0", LLAMA_ARG_THREADS="8")) == {"setting-too-new"}
+
+
+def test_an_env_file_is_read_as_compose_reads_it(tmp_path):
+    path = tmp_path / "x.env"
+    path.write_text("# c\nA=1 # one\nexport B = 'x # y'\nC=\"q\" # z\nnonsense\nA=2\nD=a#b\nE=\n")
+    assert {n: v.value for n, v in read_env_file(path).items()} == {
+        "A": "2",
+        "B": "x # y",
+        "C": "q",
+        "D": "a#b",
+        "E": "",
+    }
+    assert read_env_file(path)["A"].where == f"{path}:6 A"
+
+
+@given(st.text(max_size=300))
+def test_no_env_file_breaks_the_doctor(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("env") / "x.env"
+    path.write_text(text, encoding="utf-8")
+    list(check_variables(read_env_file(path), server_only=False))
+
+
+# -- Compose files -----------------------------------------------------------------------------------------------
+
+
+def test_a_clean_file_gives_no_warning(tmp_path):
+    assert not codes(of_compose(tmp_path, CLEAN), "warning", "error")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [
+        (":0.33.0", ":latest", "image-unpinned"),
+        (":0.33.0", "", "image-unpinned"),
+        ("127.0.0.1:11434:11434", "11434:11434", "port-exposed"),
+        ("127.0.0.1:11434:11434", "0.0.0.0:11434:11434", "port-exposed"),
+        ("127.0.0.1:11434:11434", "[::]:11434:11434", "port-exposed"),
+        ("127.0.0.1:11434:11434", "192.168.1.5:11434:11434/tcp", "port-exposed"),
+        ("127.0.0.1:11434:11434", "11434", "port-exposed"),
+        ('"127.0.0.1:11434:11434"', "{target: 11434, published: 11434}", "port-exposed"),
+        ('["CMD", "ollama", "list"]', '["CMD", "curl", "-f", "http://localhost:11434"]', "health-check-cannot-run"),
+        ('["CMD", "ollama", "list"]', '["CMD-SHELL", "ollama list || wget -q http://x"]', "health-check-cannot-run"),
+        ('["CMD", "ollama", "list"]', "curl -f http://localhost:11434 || exit 1", "health-check-cannot-run"),
+        ('["CMD", "ollama", "list"]', "[\"CMD\", \"sh\", \"-c\", \"timeout 5 curl -s x\"]", "health-check-cannot-run"),
+        ('["CMD", "ollama", "list"]', '["CMD", "ollama", "--version"]', "health-check-proves-nothing"),
+        ("OLLAMA_NUM_PARALLEL", "OLLAMA_NUM_THREADS", "setting-ignored"),
+        ("image:", "privileged: true\n    image:", "privileged"),
+        ('ports: ["127.0.0.1:11434:11434"]', "network_mode: host", "port-exposed"),
+    ],
+)  # fmt: skip
+def test_each_planted_fault_is_found_and_no_other(tmp_path, old, new, code):
+    assert old in CLEAN
+    assert codes(of_compose(tmp_path, CLEAN.replace(old, new)), "warning", "error") == {code}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("127.0.0.1:11434:11434", "[::1]:11434:11434"), ("127.0.0.1:11434:11434", "${BIND}:11434:11434"),
+        ("127.0.0.1:11434:11434", "${BIND:-127.0.0.1}:11434:11434"),
+        ('"127.0.0.1:11434:11434"', "{target: 11434, published: 11434, host_ip: 127.0.0.1}"),
+        ('["CMD", "ollama", "list"]', '["CMD-SHELL", "bash -c \'</dev/tcp/localhost/11434\'"]'),
+        ('["CMD", "ollama", "list"]', '["CMD-SHELL", "ollama ps | grep -q curl"]'),
+        ('["CMD", "ollama", "list"]', '["NONE"]'),
+        ('{OLLAMA_NUM_PARALLEL: "4", OLLAMA_CONTEXT_LENGTH: "8192", OLLAMA_KEEP_ALIVE: "30m"}',
+         "[OLLAMA_NUM_PARALLEL=4, OLLAMA_HOST, OLLAMA_SCHED_SPREAD=true]"),
+        ("ollama/ollama:0.33.0", "ollama/ollama@sha256:" + "0" * 64), ("ollama:\n", "ollama:\n    # nothing\n"),
+        ("services:", "x-common: &c {a: 1}\nservices:\n  web: {image: nginx, ports: ['80:80']}"),
+        ("30m", "${KEEP}"), ("30m", "${KEEP:-30m}"), ('KEEP_ALIVE: "30m"', "SCHED_SPREAD: true"),
+    ],
+)  # fmt: skip
+def test_other_ways_to_write_a_clean_file_give_no_warning(tmp_path, old, new):
+    assert old in CLEAN
+    assert not codes(of_compose(tmp_path, CLEAN.replace(old, new)), "warning", "error")
+
+
+def test_variables_are_filled_in_as_compose_does(tmp_path):
+    text = CLEAN.replace("127.0.0.1:11434:11434", "${BIND:-127.0.0.1}:${PORT-11434}:11434").replace(
+        "30m", "${KEEP:?no}"
+    )
+    assert not codes(of_compose(tmp_path, text, BIND="", KEEP="30m"), "warning", "error")
+    assert codes(of_compose(tmp_path, text, BIND="0.0.0.0", KEEP="30m"), "error") == {"port-exposed"}  # noqa: S104
+    assert codes(of_compose(tmp_path, text, KEEP="0"), "warning") == {"keep-alive-zero"}
+
+
+def test_an_env_file_of_a_service_is_judged_with_it(tmp_path):
+    (tmp_path / "o.env").write_text("OLLAMA_NUM_CTX=32768\nOLLAMA_FLASH_ATTENTION=0\n")
+    text = CLEAN.replace("image:", "env_file: [o.env, {path: gone.env, required: false}]\n    image:")
+    findings = of_compose(tmp_path, text.replace('OLLAMA_NUM_PARALLEL: "4"', "OLLAMA_KV_CACHE_TYPE: q8_0"))
+    assert codes(findings, "warning", "error") == {"setting-ignored", "kv-cache-needs-flash-attention"}
+    assert any(f.where.endswith("o.env:1 OLLAMA_NUM_CTX") for f in findings)
+
+
+@pytest.mark.parametrize(
+    ("service", "expected"),
+    [
+        ("ports: ['6379:6379']", {"port-exposed"}),
+        ("ports: ['127.0.0.1:6379:6379']", set()),
+        ("command: redis-server --requirepass x\n    healthcheck: {test: [CMD, redis-cli, ping]}",
+         {"health-check-proves-nothing"}),
+        ("healthcheck: {test: [CMD, redis-cli, ping]}", set()),
+        ("healthcheck: {test: [CMD, curl, localhost]}", {"health-check-cannot-run"}),
+    ],
+)  # fmt: skip
+def test_a_redis_service_is_judged_too(tmp_path, service, expected):
+    text = f"services:\n  cache:\n    image: redis:8.2.3\n    {service}\n"
+    assert codes(of_compose(tmp_path, text), "warning", "error") == expected
+
+
+@pytest.mark.parametrize("text", ["", "[", "a: b", "services: 3", "services: {ollama: 5}", "\x00", "services:\n\t- a"])
+def test_what_is_no_compose_file_is_one_error(tmp_path, text):
+    assert codes(of_compose(tmp_path, text)) == {"compose-unreadable"}
+
+
+@given(st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(
+        ["image", "environment", "ports", "healthcheck", "test", "env_file", "deploy", "resources", "security_opt",
+         "command", "OLLAMA_NUM_CTX", "target", "host_ip"]), inner, max_size=4),
+    max_leaves=12,
+))  # fmt: skip
+def test_no_service_breaks_the_doctor(tmp_path_factory, service):
+    """Whatever stands in a service: findings, never a traceback."""
+    path = tmp_path_factory.mktemp("compose") / "c.yml"
+    path.write_text(json.dumps({"services": {"ollama": service}}))
+    list(check_compose(path, {}))
+
+
+def test_files_that_are_not_there_are_errors(tmp_path):
+    findings = list(check_files([tmp_path / "no.yml"], [tmp_path / "no.env"]))
+    assert codes(findings, "error") == {"file-unreadable"}
+    assert len(findings) == 2
+
+
+# -- Judgements --------------------------------------------------------------------------------------------------
+
+
+def test_the_worst_finding_decides_the_exit_code():
+    def make(severity):
+        return Finding(code="c", severity=severity, where="w", what="x")
+
+    assert [exit_code(map(make, s)) for s in ([], ["ok", "info"], ["warning", "ok"], ["error", "warning"])] == [
+        0,
+        0,
+        1,
+        2,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("window", "longest", "told", "severity", "says"),
+    [
+        (8192, 8192, None, "ok", "8192"),
+        (32768, 131072, 32768, "ok", "32768"),
+        (4096, 131072, None, "warning", "131072"),
+        (4096, 4096, None, "ok", "4096"),
+        (4096, 131072, 32768, "warning", "OLLAMA_CONTEXT_LENGTH here says 32768"),
+        (8192, 8192, 32768, "ok", "8192"),
+        (None, 8192, 32768, "info", "8192 tokens (OLLAMA_CONTEXT_LENGTH)"),
+        (None, 131072, None, "info", "4096, 32768 or 262144"),
+        (None, None, None, "info", "not loaded"),
+    ],
+)
+def test_the_window_is_judged_by_what_is_loaded(window, longest, told, severity, says):
+    shown = {"model_info": {"llama.context_length": longest}} if longest else {}
+    finding = _judge_window("w", "m:latest", window, shown, told)
+    assert finding.severity == severity
+    assert says in finding.what
+
+
+def test_the_modelfiles_own_window_is_known():
+    finding = _judge_window("w", "m:latest", None, {"parameters": "stop x\nnum_ctx                        16384"}, 8192)
+    assert "16384 tokens (num_ctx of its Modelfile)" in finding.what
+
+
+@pytest.mark.parametrize(
+    ("memory", "indexes", "severity", "says"),
+    [
+        ({"maxmemory": 2**30, "maxmemory_policy": "volatile-lru"}, ["aegis:{p00}:idx:a:v1", "x"], "ok", "1 index of"),
+        ({"maxmemory": 0}, [], "ok", "no maxmemory"),
+        ({"maxmemory": 2**30, "maxmemory_policy": "noeviction"}, [], "warning", "noeviction"),
+        ({"maxmemory": 0}, None, "warning", "without search"),
+        ({}, [], "ok", "may not be asked"),
+    ],
+)
+def test_redis_is_judged_by_search_and_memory(memory, indexes, severity, says):
+    finding = _judge_redis("w", {"redis_version": "8.2.3"}, memory, indexes, "aegis")
+    assert finding.severity == severity
+    assert says in finding.what
+
+
+def test_the_window_is_told_by_an_env_file_first(tmp_path):
+    (tmp_path / "x.env").write_text("OLLAMA_CONTEXT_LENGTH=32768\n")
+    assert window_in_environment([tmp_path / "x.env"], {"OLLAMA_CONTEXT_LENGTH": "1"}) == 32768
+    assert window_in_environment([tmp_path / "none"], {"OLLAMA_CONTEXT_LENGTH": "8192"}) == 8192
+    assert window_in_environment([], {}) is None
