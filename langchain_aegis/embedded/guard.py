@@ -25,10 +25,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from langchain_aegis.errors import AegisConfigError, AegisConnectionError
 from langchain_aegis.home import aegis_home
@@ -93,7 +93,7 @@ class SharedServer:
         ready: How to see that the server is up.
         address: Merged into `ServerInfo.address`: what other processes need to know about the running server.
         timeout_s: How long the server may take to become ready.
-        grace_s: How long the server stays when the last lease is gone.
+        grace_s: How long the server stays when the process that held the last lease ended without `release()`.
         stop_timeout_s: From SIGTERM to SIGKILL; 0 kills at once.
         spare: Files to move aside (as `<file>.damaged`) if the server ends while it starts, before one more try.
         remove_home: Delete `home` when the server is gone.
@@ -192,15 +192,23 @@ class SharedServer:
             time.sleep(0.02)
 
     @contextlib.contextmanager
-    def _start_lock(self) -> Any:
-        descriptor = os.open(self.home / f"{self.name}.start", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def _start_lock(self) -> Iterator[bool]:
+        """Take the lock of those who start a keeper, if it is free; yields whether it was."""
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield True
-        except BlockingIOError:
-            yield False
+            file = open(self.home / f"{self.name}.start", "ab")  # noqa: SIM115 - closed below, or in a forked child
+        except OSError as exc:
+            raise AegisConfigError(f"{self.home} cannot be used: {exc}") from exc
+        _opening.add(file)
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free = True
+            except BlockingIOError:
+                free = False
+            yield free
         finally:
-            os.close(descriptor)
+            _opening.discard(file)
+            file.close()
 
     def _attach(self, deadline: float) -> _Lease | None:
         """Return a lease from the running keeper; None if there is none, or it is about to end."""
@@ -255,11 +263,12 @@ class SharedServer:
 
     def _lease_from(self, connection: socket.socket, deadline: float) -> _Lease | None:
         """Wait for the keeper's answer; None if it ends without one."""
-        connection.settimeout(max(0.1, deadline - time.monotonic()))
-        with connection.makefile("rb") as reader:
-            line = reader.readline()
-        if not line.endswith(b"\n"):
-            return None
+        line = b""
+        while not line.endswith(b"\n"):
+            connection.settimeout(max(0.1, deadline - time.monotonic()))
+            if not (chunk := connection.recv(65536)):
+                return None
+            line += chunk
         answer = json.loads(line)
         if reason := answer.get("error"):
             kind = AegisConfigError if answer.get("config") else AegisConnectionError
@@ -296,6 +305,7 @@ class _Lease:
         if descriptor < 0:
             return
         with socket.socket(fileno=descriptor) as connection, contextlib.suppress(OSError):
+            connection.send(b"x", socket.MSG_DONTWAIT)
             if wait_s > 0:
                 connection.shutdown(socket.SHUT_WR)
                 connection.settimeout(wait_s)
@@ -310,7 +320,7 @@ class _Lease:
 
 _leases: dict[Path, _Lease] = {}
 _locks: dict[Path, threading.Lock] = {}
-_opening: set[socket.socket] = set()  # connections that are not a lease yet
+_opening: set[socket.socket | BinaryIO] = set()  # what is open while a lease is taken
 
 
 def _lock_of(path: Path) -> threading.Lock:
@@ -321,8 +331,8 @@ def _forget_in_child() -> None:
     """After a fork: the leases are the parent's, and so are locks that its other threads held."""
     for lease in _leases.values():
         lease.forget()
-    for connection in _opening:
-        connection.close()
+    for opened in _opening:
+        opened.close()
     _leases.clear()
     _locks.clear()
     _opening.clear()

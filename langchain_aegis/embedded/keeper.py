@@ -2,8 +2,8 @@
 
 `guard.py` runs this file as a script, in a session of its own, with the standard library alone: it imports nothing of
 this package, so that it starts in a few ms. It is told what to do by one JSON line on the first lease, an inherited
-socket; every further lease is a connection to its unix socket. A lease carries nothing else: the kernel closes it
-however its process ends, and the end of the last one is the order to stop.
+socket; every further lease is a connection to its unix socket. The kernel closes a lease however its process ends,
+and the end of the last one is the order to stop: at once if it was given back (a byte says so), else after a grace.
 
 The lock file belongs to the keeper AND its server (which inherits the descriptor): whoever gets the lock knows that
 no older server is left on the same data.
@@ -38,8 +38,8 @@ class Keeper:
 
     def __init__(self, order: dict[str, Any], first: socket.socket) -> None:
         self._order = order
-        self._grace_s: float = order["grace_s"]
         self._leases: set[socket.socket] = set()
+        self._returned: set[socket.socket] = set()  # given back on purpose: its end is near
         self._leaving: list[socket.socket] = []  # the last ones to go: closed when the server is gone
         self._selector = selectors.DefaultSelector()
         self._listener: socket.socket | None = None
@@ -50,7 +50,7 @@ class Keeper:
         self._output = b""
         self._moved: list[str] = []
         self._told_to_stop = False
-        self._idle_since: float | None = None
+        self._idle_until: float | None = None
         self._add(first)
 
     def run(self) -> None:
@@ -75,7 +75,7 @@ class Keeper:
     def _add(self, lease: socket.socket) -> None:
         lease.settimeout(1.0)
         self._leases.add(lease)
-        self._idle_since = None
+        self._idle_until = None
         for left in self._leaving:
             left.close()
         self._leaving.clear()
@@ -86,14 +86,17 @@ class Keeper:
     def _on_lease(self, lease: socket.socket) -> None:
         with contextlib.suppress(OSError):
             if lease.recv(4096):
+                self._returned.add(lease)
                 return
         self._selector.unregister(lease)
         self._leases.discard(lease)
+        returned = lease in self._returned
+        self._returned.discard(lease)
         if self._leases:
             lease.close()
         else:
             self._leaving.append(lease)  # it may wait for the server's end
-            self._idle_since = time.monotonic()
+            self._idle_until = time.monotonic() + (0.0 if returned else self._order["grace_s"])
 
     def _on_connection(self) -> None:
         assert self._listener is not None  # noqa: S101
@@ -172,15 +175,15 @@ class Keeper:
                 self._on_end()
             elif self._answer is None:
                 self._check_ready()
-            if self._idle_since is not None and time.monotonic() >= self._idle_since + self._grace_s:
+            if self._idle_until is not None and time.monotonic() >= self._idle_until:
                 return
 
     def _patience(self) -> float | None:
         """Return how long nothing needs to be looked at, in seconds."""
         if self._answer is None and self._order["ready"]["kind"] == "socket":
             return _POLL_S
-        if self._idle_since is not None:
-            return max(0.0, self._idle_since + self._grace_s - time.monotonic())
+        if self._idle_until is not None:
+            return max(0.0, self._idle_until - time.monotonic())
         if self._answer is None:
             return max(0.0, self._deadline - time.monotonic())
         return None
@@ -309,6 +312,7 @@ def main(descriptor: int) -> None:
     if os.fork():
         os._exit(0)  # the caller waits for this one: no zombie stays with it
     os.umask(0o077)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the caller's thread may have blocked some
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(ignored, signal.SIG_IGN)
     first = socket.socket(fileno=descriptor)

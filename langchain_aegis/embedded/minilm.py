@@ -103,6 +103,15 @@ _lock = threading.Lock()
 _model: _Model | None = None
 
 
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # another thread of the parent may have held it
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 def _loaded() -> _Model:
     global _model
     if _model is None:

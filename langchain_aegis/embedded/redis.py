@@ -92,10 +92,10 @@ class EmbeddedRedis:
             return self._guard.acquire()
 
     def close(self) -> None:
-        """Leave the server; the last one to do so stops it. A server that is not shared is gone when this returns."""
+        """Leave the server. The last one to do so stops it: its data is saved when this returns."""
         with self._exclusive():
             if self._guard is not None:
-                self._guard.release(wait_s=0 if self._shared else 5.0)
+                self._guard.release(wait_s=5.0)
 
     def __enter__(self) -> Self:
         self.start()
@@ -145,6 +145,7 @@ class EmbeddedRedis:
             [program, *_options(socket, dump, saved=self._shared), *(f for m in modules for f in ("--loadmodule", m))],
             ready=guard.ReadySocket(str(socket), send="PING\r\n", expect="+PONG"),
             address={"search": bool(modules)},
+            timeout_s=30.0,
             grace_s=0.5 if self._shared else 0.0,
             stop_timeout_s=4.0 if self._shared else 0.0,
             spare=[dump],
