@@ -1,0 +1,303 @@
+"""An engine that answers without a model: text, tool calls, JSON and vectors made from the request alone."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from langchain_aegis.embedded import scripted_answers as script
+from langchain_aegis.embedded.scripted_slots import Slots
+from langchain_aegis.embedded.wire_engine import (
+    Embedding,
+    End,
+    EngineError,
+    Generation,
+    Message,
+    ModelCard,
+    Piece,
+    Vectors,
+)
+
+DEFAULT_WINDOW = 4096  # what Ollama gives on a machine without a large GPU
+_CACHED_PROMPTS = 64
+_SILENT = Piece()
+_OPEN_ENDED_WINDOWS = 10  # Ollama ends what is asked to go on for ever after ten windows
+_TOO_LONG = (
+    "the prompt is longer than the context length currently available to the model; shorten the prompt, adjust the "
+    "context length in settings, or use a model with a longer context length"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScriptedModel:
+    """A model that the scripted engine lists.
+
+    Args:
+        name: `x` is listed as `x:latest`.
+        embedding: It makes vectors and cannot chat.
+        tools: It calls tools.
+        thinking: It thinks before it answers, unless told not to.
+        context_length: Tokens; a longer window is not given, whatever `num_ctx` says.
+        dimensions: Of its vectors.
+    """
+
+    name: str
+    embedding: bool = False
+    tools: bool = True
+    thinking: bool = False
+    context_length: int = 32_768
+    dimensions: int = 384
+
+    @classmethod
+    def named(cls, name: str) -> ScriptedModel:
+        """Return a chat model, or an embedding model where the name says so (`embed`, `minilm`, `bge`)."""
+        return cls(name=name, embedding=any(part in name.lower() for part in ("embed", "minilm", "bge")))
+
+    def card(self) -> ModelCard:
+        """Return what /api/tags tells about it."""
+        name = self.name if ":" in self.name.rpartition("/")[2] else f"{self.name}:latest"
+        if self.embedding:
+            return ModelCard(
+                name=name, capabilities=("embedding",), context_length=min(self.context_length, 8192), family="bert",
+                embedding_length=self.dimensions, parameter_size="22.57M", quantization="F16", file_bytes=45_960_996,
+            )  # fmt: skip
+        able = ("completion", *(["tools"] if self.tools else []), *(["thinking"] if self.thinking else []))
+        return ModelCard(
+            name=name, capabilities=able, context_length=self.context_length, embedding_length=self.dimensions
+        )
+
+
+DEFAULT_MODELS = (ScriptedModel(name="scripted:latest"), ScriptedModel(name="scripted-embed:latest", embedding=True))
+
+
+@dataclass
+class Counters:
+    """What the engine did.
+
+    Attributes:
+        max_running: Most requests that had a slot at the same time.
+        generations: Answers begun.
+        prefilled_tokens: Prompt tokens that were evaluated: those of a known prefix are not.
+        generated_tokens: Tokens sent, also of answers that nobody waited for.
+        texts_embedded: Over all requests for vectors.
+        loads: Models loaded, because they were not, or with other options.
+    """
+
+    max_running: int = 0
+    generations: int = 0
+    prefilled_tokens: int = 0
+    generated_tokens: int = 0
+    texts_embedded: int = 0
+    loads: int = 0
+
+
+class ScriptedEngine:
+    """Deterministic answers, with the slots, windows and speed of a real server.
+
+    At temperature 0, or with a seed, the same request always has the same answer. Otherwise a number that grows with
+    every request decides what the prompt leaves open, as sampling would.
+
+    Args:
+        models: What is listed.
+        slots: Generations at the same time; more wait in the order in which they came.
+        max_waiting: More waiting requests than that are refused with 503; None: any number may wait.
+        tokens_per_s: Speed of each generation; 0: no delay at all.
+        prefill_tokens_per_s: Speed of reading what no earlier prompt began with; 0: no delay.
+        load_s: Seconds to load a model.
+        words: Length of an answer, about.
+        changed: Called whenever a number changes that a test may wait for.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[ScriptedModel] = DEFAULT_MODELS,
+        *,
+        slots: int = 4,
+        max_waiting: int | None = None,
+        tokens_per_s: float = 0.0,
+        prefill_tokens_per_s: float = 0.0,
+        load_s: float = 0.0,
+        words: int = 16,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._models = {model.card().name: model for model in models}
+        self._cards = tuple(model.card() for model in models)
+        self._token_s = 1 / tokens_per_s if tokens_per_s else 0.0
+        self._prefill_s = 1 / prefill_tokens_per_s if prefill_tokens_per_s else 0.0
+        self._load_s = load_s
+        self._words = words
+        self._changed = changed
+        self._draws = itertools.count(1)
+        self._known_prompts: deque[list[str]] = deque(maxlen=_CACHED_PROMPTS)
+        self.counters = Counters()
+        self.slots = Slots(slots, max_waiting, self._slots_changed)
+
+    @property
+    def cards(self) -> Sequence[ModelCard]:
+        """The models."""
+        return self._cards
+
+    def window(self, card: ModelCard, num_ctx: int | None) -> int:
+        """Return `num_ctx`, or the default, within what the model can."""
+        return min(max(num_ctx, 4) if num_ctx else DEFAULT_WINDOW, card.context_length)
+
+    async def load(self, card: ModelCard, runner: Mapping[str, Any]) -> None:
+        """Take as long as was asked for."""
+        self.counters.loads += 1
+        if self._load_s:
+            await asyncio.sleep(self._load_s)
+
+    async def generate(self, request: Generation) -> AsyncGenerator[Piece | End, None]:
+        """Yield the answer token by token."""
+        async with self.slots.one():
+            started = time.perf_counter_ns()
+            self.counters.generations += 1
+            window = self.window(request.model, request.options.get("num_ctx"))
+            prompt = self._prompt(request, window)
+            await self._read(prompt)
+            read = time.perf_counter_ns()
+            parts = self._parts(request, "".join(prompt))
+            limit = _limit(request, len(prompt), window)
+            told = 0
+            for part in itertools.islice(parts, limit):
+                told += 1
+                self.counters.generated_tokens += 1
+                if self._token_s:
+                    await asyncio.sleep(self._token_s)
+                if part != _SILENT:
+                    yield part
+            finished = next(parts, None) is None
+            yield End(
+                reason="stop" if finished else "length",
+                prompt_tokens=len(prompt),
+                prompt_ns=max(read - started, 1),
+                tokens=told + (1 if finished else 0),  # the token that ends an answer counts
+                tokens_ns=max(time.perf_counter_ns() - read, 1),
+                context=tuple(_token_id(token) for token in prompt),
+            )
+
+    async def embed(self, request: Embedding) -> Vectors:
+        """Return bags of words as vectors."""
+        model = self._models[request.model.name]
+        window = self.window(request.model, request.options.get("num_ctx"))
+        read: list[list[str]] = []
+        for text in request.texts:
+            tokens = script.tokens(text)
+            if len(tokens) > window - 2 and not request.truncate:
+                raise EngineError(400, "the input length exceeds the context length")
+            read.append(tokens[: window - 2])
+        async with self.slots.one():
+            self.counters.texts_embedded += len(read)
+            if self._prefill_s:
+                await asyncio.sleep(self._prefill_s * sum(map(len, read)))
+            vectors = [script.embed("".join(tokens), model.dimensions) for tokens in read]
+        return Vectors(vectors=vectors, tokens=sum(len(tokens) + 2 for tokens in read))
+
+    async def aclose(self) -> None:
+        """Nothing to stop."""
+
+    def _prompt(self, request: Generation, window: int) -> list[str]:
+        """Return the prompt's tokens, cut as Ollama cuts them.
+
+        First the oldest messages go, then the middle of what is left: `num_keep` tokens at the start and about half of
+        the window at the end stay.
+        """
+        tokens = script.tokens(script.rendered(request))
+        if not request.truncate:
+            if len(tokens) >= window:
+                raise EngineError(400, _overflow(len(tokens), window))
+            return tokens
+        if len(tokens) > window and not request.raw:
+            for start in range(1, len(request.messages)):
+                tokens = script.tokens(script.rendered(request, _from(request.messages, start)))
+                if len(tokens) <= window:
+                    break
+        if len(tokens) < window:
+            return tokens
+        if not request.shift:
+            raise EngineError(400, _TOO_LONG)
+        keep = min(max(request.options.get("num_keep", 4), 0), window - 1)
+        left = window - max((window - keep) // 2, 1)
+        return [*tokens[:keep], *tokens[len(tokens) - (left - keep) :]]
+
+    async def _read(self, prompt: list[str]) -> None:
+        known = max((_common(prompt, other) for other in self._known_prompts), default=0)
+        new = max(len(prompt) - known, 1)  # the last token is always evaluated
+        self.counters.prefilled_tokens += new
+        if self._prefill_s:
+            await asyncio.sleep(self._prefill_s * new)
+        self._known_prompts.append(prompt)
+
+    def _parts(self, request: Generation, prompt: str) -> Iterator[Piece]:
+        random = request.options.get("temperature", 0.8) > 0 and request.options.get("seed", -1) < 0
+        seed = script.seed_of(prompt, request, str(next(self._draws)) if random else "")
+        if request.think:
+            for token in script.tokens(script.thought(request, seed)):
+                yield Piece(thinking=token, logprobs=_logprobs(request, token))
+        if call := script.tool_call(request, seed):
+            # A call is generated token by token like text, but sent when it is complete.
+            yield from [_SILENT] * (len(script.tokens(json.dumps(call, ensure_ascii=False))) - 1)
+            yield Piece(tool_calls=(call,))
+            return
+        text = _until_stop(script.answer(request, seed, self._words), request.options.get("stop", ()))
+        for token in script.tokens(text):
+            yield Piece(content=token, logprobs=_logprobs(request, token))
+
+    def _slots_changed(self) -> None:
+        self.counters.max_running = max(self.counters.max_running, self.slots.running)
+        self._changed()
+
+
+def _from(messages: Sequence[Message], start: int) -> list[Message]:
+    """Return the messages from `start` on, and the system messages before."""
+    return [*(message for message in messages[:start] if message["role"] == "system"), *messages[start:]]
+
+
+def _limit(request: Generation, prompt_tokens: int, window: int) -> int:
+    asked = request.options.get("num_predict", -1)
+    limit = _OPEN_ENDED_WINDOWS * window
+    limit = limit if asked < 0 else min(asked, limit)
+    return limit if request.shift else min(limit, window - prompt_tokens)
+
+
+def _until_stop(text: str, stops: Sequence[str]) -> str:
+    ends = [found for stop in stops if stop and (found := text.find(stop)) >= 0]
+    return text[: min(ends)] if ends else text
+
+
+def _overflow(tokens: int, window: int) -> str:
+    # llama.cpp's own answer, which Ollama hands on as text: JSON inside a JSON string.
+    message = f"request ({tokens} tokens) exceeds the available context size ({window} tokens), try increasing it"
+    error = {"code": 400, "message": message, "type": "exceed_context_size_error",
+             "n_prompt_tokens": tokens, "n_ctx": window}  # fmt: skip
+    return json.dumps({"error": error}, separators=(",", ":"))
+
+
+def _logprobs(request: Generation, token: str) -> tuple[dict[str, Any], ...]:
+    if not request.logprobs:
+        return ()
+    best = -0.1 * (1 + _token_id(token) % 9)
+    ranked = [token, *(f"{token}{rank}" for rank in range(1, request.top_logprobs))]
+    likely = [{"token": t, "logprob": best - rank, "bytes": list(t.encode())} for rank, t in enumerate(ranked)]
+    return ({**likely[0], **({"top_logprobs": likely} if request.top_logprobs else {})},)
+
+
+def _token_id(token: str) -> int:
+    return int.from_bytes(token.encode()[:3], "big") % 49_152
+
+
+def _common(left: Sequence[str], right: Sequence[str]) -> int:
+    low, high = 0, min(len(left), len(right))
+    while low < high:  # comparing slices is far quicker than comparing tokens one by one
+        middle = (low + high + 1) // 2
+        if left[:middle] == right[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
