@@ -1,16 +1,22 @@
 """The doctor: what it says of files and of live servers is true, and it invents nothing."""
 
 import json
+import os
+import subprocess
+import sys
 
+import httpx
 import pytest
+import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
 from langchain_aegis.ollama.compose import check_compose
-from langchain_aegis.ollama.doctor import _judge_redis, _judge_window, check_files, window_in_environment
+from langchain_aegis.ollama.doctor import _judge_redis, _judge_window, check_files, check_servers, window_in_environment
 from langchain_aegis.ollama.environment import Variable, check_variables, read_env_file
 from langchain_aegis.ollama.findings import Finding, exit_code
 from langchain_aegis.ollama.knowledge import knowledge, version_tuple
+from langchain_aegis.settings import AegisSettings
 
 TABLE = knowledge()
 CLEAN = """
@@ -338,3 +344,171 @@ def test_the_window_is_told_by_an_env_file_first(tmp_path):
     assert window_in_environment([tmp_path / "x.env"], {"OLLAMA_CONTEXT_LENGTH": "1"}) == 32768
     assert window_in_environment([tmp_path / "none"], {"OLLAMA_CONTEXT_LENGTH": "8192"}) == 8192
     assert window_in_environment([], {}) is None
+
+
+# -- Live servers ------------------------------------------------------------------------------------------------
+
+FIVE = ["server", "version", "models", "window", "redis-search"]
+
+
+@pytest.fixture
+def ollama():
+    from langchain_aegis.testing import ScriptedModel, ScriptedOllama
+
+    models = [
+        ScriptedModel(name="chat:8b", context_length=32768),
+        ScriptedModel(name="small:1b", context_length=4096),
+        ScriptedModel(name="bge-m3", embedding=True),
+        ScriptedModel(name="all-minilm", embedding=True),
+    ]
+    with ScriptedOllama(models) as server:
+        yield server
+
+
+def ask(ollama, redis_url, told=None, **settings):
+    """Run the doctor on live servers; returns code -> finding, the worst one of a code."""
+    rank = ["ok", "info", "warning", "error"]
+    url = getattr(ollama, "base_url", ollama)
+    findings = check_servers(AegisSettings(ollama_base_url=url, redis_url=redis_url, **settings), told)
+    found = {}
+    for finding in findings:
+        if finding.code not in found or rank.index(finding.severity) > rank.index(found[finding.code].severity):
+            found[finding.code] = finding
+    assert list(found) == FIVE
+    return found
+
+
+def load(ollama, model, **options):
+    body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "stream": False, "options": options}
+    httpx.post(f"{ollama.base_url}/api/chat", json=body, timeout=30).raise_for_status()
+
+
+def test_five_lines_that_are_all_well(ollama, redis_url):
+    load(ollama, "chat:8b", num_ctx=16384)
+    found = ask(ollama, redis_url, model_generation="chat:8b", model_embeddings="all-minilm")
+    assert {f.severity for f in found.values()} == {"ok"}
+    assert "0." in found["version"].what
+    assert "16384 tokens of the 32768" in found["window"].what
+    assert "with search" in found["redis-search"].what
+
+
+def test_no_prompt_is_sent_and_no_model_is_loaded(ollama, redis_url):
+    ask(ollama, redis_url, model_generation="chat:8b", model_embeddings="bge-m3")
+    assert set(ollama.routes) <= {"/api/version", "/api/tags", "/api/ps", "/api/show"}
+    assert ollama.counters.loads == 0
+
+
+def test_a_missing_model_is_an_error_with_the_command_that_fetches_it(ollama, redis_url):
+    finding = ask(ollama, redis_url, model_generation="absent:8b")["models"]
+    assert (finding.severity, finding.fix) == ("error", "ollama pull absent:8b")
+
+
+def test_the_default_embedder_is_found_and_its_absence_said(redis_url):
+    from langchain_aegis.testing import ScriptedOllama
+
+    with ScriptedOllama(["chat:8b", "bge-m3"]) as server:
+        assert ask(server, redis_url, model_generation="chat:8b")["models"].severity == "ok"
+    with ScriptedOllama(["chat:8b"]) as server:
+        finding = ask(server, redis_url, model_generation="chat:8b")["models"]
+    assert (finding.severity, finding.fix) == ("warning", "ollama pull bge-m3")
+
+
+def test_a_name_without_a_tag_means_latest(redis_url):
+    from langchain_aegis.testing import ScriptedOllama
+
+    with ScriptedOllama(["chat", "bge-m3"]) as server:
+        assert ask(server, redis_url, model_generation="chat")["models"].severity == "ok"
+
+
+def test_a_small_window_of_a_large_model_is_a_warning(ollama, redis_url):
+    load(ollama, "chat:8b", num_ctx=4096)
+    finding = ask(ollama, redis_url, model_generation="chat:8b")["window"]
+    assert finding.severity == "warning"
+    assert "4096" in finding.what and "OLLAMA_CONTEXT_LENGTH" in finding.fix
+    load(ollama, "small:1b", num_ctx=4096)
+    assert ask(ollama, redis_url, model_generation="small:1b")["window"].severity == "ok"
+
+
+def test_another_window_than_the_one_that_was_set_is_a_warning(ollama, redis_url):
+    load(ollama, "chat:8b", num_ctx=8192)
+    assert "here says 32768" in ask(ollama, redis_url, 32768, model_generation="chat:8b")["window"].what
+
+
+def test_a_model_that_is_not_loaded_is_said_to_be_so(ollama, redis_url):
+    finding = ask(ollama, redis_url, 16384, model_generation="chat:8b")["window"]
+    assert finding.severity == "info"
+    assert "not loaded; its window will be 16384" in finding.what
+
+
+def test_a_server_that_is_not_there_is_an_error_and_the_rest_unknown(redis_url):
+    found = ask("http://127.0.0.1:9", redis_url)
+    assert [found[code].severity for code in FIVE] == ["error", "info", "info", "info", "ok"]
+
+
+def test_a_server_that_is_no_ollama_is_an_error(ollama, redis_url):
+    ollama.fail(500, times=None, path="/api/version")
+    assert ask(ollama, redis_url)["server"].severity == "error"
+
+
+def test_a_redis_that_is_not_there_is_an_error_without_its_password(ollama):
+    finding = ask(ollama, "redis://:geheim-geheim@127.0.0.1:9")["redis-search"]
+    assert finding.severity == "error"
+    assert "geheim" not in json.dumps(finding.as_dict())
+
+
+def test_every_kind_of_redis_is_judged_by_its_search(ollama, any_redis):
+    finding = ask(ollama, any_redis.url)["redis-search"]
+    assert finding.severity == ("ok" if any_redis.has_search else "warning")
+    assert ("Valkey" if any_redis.kind.startswith("valkey") else "Redis") in finding.what or not any_redis.has_search
+
+
+def test_nothing_is_written_into_redis(ollama, redis_url):
+    with redis.Redis.from_url(redis_url) as client:
+        before = client.dbsize()
+        ask(ollama, redis_url, namespace="doctor-test")
+        assert client.dbsize() == before
+        assert not list(client.scan_iter("doctor-test*"))
+
+
+def doctor(*arguments, **environment):
+    """Run the command; returns (exit code, stdout, stderr)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "langchain_aegis", "doctor", *map(str, arguments)],
+        env=os.environ | environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_prints_findings_and_nothing_else_as_json(ollama, redis_url):
+    load(ollama, "chat:8b", num_ctx=16384)
+    code, out, err = doctor(
+        "--json", "--ollama-url", ollama.base_url, "--redis-url", redis_url, OLLAMA_MODEL_GENERATION="chat:8b"
+    )
+    findings = json.loads(out)
+    assert (code, err) == (0, "")
+    assert [f["code"] for f in findings] == FIVE
+    assert all(set(f) == {"code", "severity", "where", "what", "why", "fix"} for f in findings)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"), [("OLLAMA_NUM_PARALLEL=4", 0), ("OLLAMA_NUM_CTX=8192", 1), ("OLLAMA_KV_CACHE_TYPE=int4", 2)]
+)
+def test_the_exit_code_is_that_of_the_worst_finding(tmp_path, line, expected):
+    (tmp_path / "x.env").write_text(f"{line}\n")
+    code, out, err = doctor("--offline", "--env-file", tmp_path / "x.env")
+    assert (code, err) == (expected, "")
+    assert (line.partition("=")[0] in out) == (expected > 0)
+
+
+def test_offline_asks_nobody(tmp_path, ollama):
+    (tmp_path / "c.yml").write_text(CLEAN)
+    code, out, _ = doctor("--offline", "--json", "--compose", tmp_path / "c.yml", OLLAMA_BASE_URL=ollama.base_url)
+    assert code == 0
+    assert not {"server", "redis-search"} & {f["code"] for f in json.loads(out)}
+    assert not ollama.requests
+
+
+def test_offline_without_a_file_is_one_line_on_stderr():
+    code, out, err = doctor("--offline")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "--compose" in err
