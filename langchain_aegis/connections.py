@@ -23,6 +23,11 @@ from langchain_aegis.notices import warn_once
 from langchain_aegis.settings import redact_url
 from langchain_aegis.store import Commands
 
+# Of a given client's arguments: those that would undo the tight timeouts, or that belong to its own classes.
+_NEVER_TAKEN_OVER = (
+    "retry", "retry_on_error", "retry_on_timeout", "parser_class", "encoder_class", "event_dispatcher", "lib_name",
+    "lib_version", "maint_notifications_config", "maint_notifications_pool_handler", "redis_connect_func",
+)  # fmt: skip
 _SCHEMES = ("redis://", "rediss://", "unix://")
 
 
@@ -188,8 +193,7 @@ def _connection_arguments(url: str, client: Any) -> dict[str, Any]:
             "redis must be a redis.Redis or redis.asyncio.Redis client of one server; or give redis_url"
         )
     told = dict(pool.connection_kwargs)
-    for ours in ("retry", "retry_on_error", "retry_on_timeout", "parser_class", "encoder_class", "event_dispatcher",
-                 "maint_notifications_config", "maint_notifications_pool_handler", "redis_connect_func", "lib_name", "lib_version"):  # fmt: skip
+    for ours in _NEVER_TAKEN_OVER:
         told.pop(ours, None)
     told["connection_class"] = pool.connection_class
     return told

@@ -75,7 +75,7 @@ messages = st.builds(
     ),
     st.text(alphabet=st.characters(codec=None)),
     st.one_of(st.none(), st.text(min_size=1)),
-    st.dictionaries(st.text(), st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists), max_size=3),
+    st.dictionaries(st.text(), st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists)),
     st.dictionaries(st.sampled_from(["reasoning_content", "lc", "refusal"]), st.text()),
 )  # fmt: skip
 

@@ -1,0 +1,165 @@
+"""Another question, model, option, history or tenant has another key; the same call always has the same."""
+
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from langchain_core.load import dumps
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+
+from langchain_aegis.keys import Declined, Keyring, Who, parse_llm_string
+
+SECRET = b"0123456789abcdef0123456789abcdef"
+MODEL = "[('_type', 'chat'), ('model', 'm:1'), ('stop', None), ('temperature', 0.0)]"
+RING = Keyring(SECRET)
+
+
+def key(*messages, llm=MODEL, who=None, question=None, ring=RING):
+    return ring.for_prompt(dumps(list(messages)), llm, who or Who(), question)
+
+
+BASE = (SystemMessage("You support a library."), HumanMessage("How long may I keep a book?"))
+
+
+def test_a_key_is_hex_and_holds_no_text():
+    found = key(*BASE, who=Who(tenant="acme", user="alice", task="chat"))
+    for digest in (found.exact, found.scope):
+        assert len(digest) == 32
+        assert set(digest) <= set(string.hexdigits.lower())
+    assert not any(word in " ".join(found.things) for word in ("acme", "alice", "chat"))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"llm": MODEL.replace("m:1", "m:2")},
+        {"llm": MODEL.replace("0.0", "0.7")},
+        {"llm": MODEL.replace("None", "['X']")},
+        {"who": Who(tenant="a")},
+        {"who": Who(user="a")},
+        {"who": Who(task="a")},
+        {"ring": Keyring(SECRET, namespace="other")},
+        {"ring": Keyring(b"another secret of 32 bytes length")},
+    ],
+)
+def test_model_option_tenant_user_and_task_change_both_keys(changed):
+    base, other = key(*BASE), key(*BASE, **changed)
+    assert base.exact != other.exact
+    assert base.scope != other.scope
+
+
+def test_system_and_history_change_the_scope_and_the_question_does_not():
+    base = key(*BASE)
+    assert key(SystemMessage("Be rude."), BASE[1]).scope != base.scope
+    assert key(BASE[0], HumanMessage("Hello?"), AIMessage("Hi."), BASE[1]).scope != base.scope
+    assert key(BASE[0], HumanMessage("How long may I keep a book?", name="bob")).scope != base.scope
+    other = key(BASE[0], HumanMessage("What does a card cost?"))
+    assert (other.scope == base.scope, other.exact == base.exact) == (True, False)
+
+
+texts = st.text(max_size=30)
+
+
+@given(
+    st.tuples(*[st.one_of(st.none(), texts.filter(str.strip))] * 3),
+    st.tuples(*[st.one_of(st.none(), texts.filter(str.strip))] * 3),
+)
+def test_no_two_identities_share_a_key(one, two):
+    def of(i):
+        return key(*BASE, who=Who(tenant=i[0], user=i[1], task=i[2]))
+
+    assert (of(one).exact == of(two).exact) == (one == two)
+    assert (of(one).scope == of(two).scope) == (one == two)
+
+
+@given(st.lists(st.sampled_from(["a", "b", "", "\0", "ab", "é", "e\u0301", "A", "a,b", "a|b"]), max_size=4), st.data())
+def test_no_two_conversations_share_a_key(parts, data):
+    other = data.draw(
+        st.lists(st.sampled_from(["a", "b", "", "\0", "ab", "é", "e\u0301", "A", "a,b", "a|b"]), max_size=4)
+    )
+    one = key(*[HumanMessage(p) for p in parts], HumanMessage("Why?"))
+    two = key(*[HumanMessage(p) for p in other], HumanMessage("Why?"))
+    assert (one.exact == two.exact) == (parts == other)
+
+
+def test_a_question_in_a_long_prompt_is_found_and_all_around_it_is_scope():
+    prompt = "Answer from the context.\n\nContext:\nLoans run for {days} days.\n\nQuestion: {question}\n\nAnswer:"
+    one = key(HumanMessage(prompt.format(days=28, question="How long may I keep a book?")))
+    two = key(HumanMessage(prompt.format(days=28, question="How long can I keep a book?")))
+    other_context = key(HumanMessage(prompt.format(days=14, question="How long may I keep a book?")))
+    assert one.question == "How long may I keep a book?"
+    assert one.scope == two.scope != other_context.scope
+
+
+def test_a_marked_question_is_cut_out_verbatim():
+    prompt = "Here are the rules ... and now tell me: what does a card cost? Thanks."
+    marked = key(HumanMessage(prompt), question="what does a card cost?")
+    assert marked.question == "what does a card cost?"
+    assert (
+        marked.scope != key(HumanMessage(prompt.replace("Thanks", "Please")), question="what does a card cost?").scope
+    )
+
+
+def test_own_rule_for_the_question():
+    ring = Keyring(SECRET, find_question=lambda text: (text.index("Q>") + 2, len(text)) if "Q>" in text else None)
+    found = key(HumanMessage("context Q> how high is it? "), ring=ring)
+    assert found.question == "how high is it?"
+    assert key(HumanMessage("how high is it?"), ring=ring).exact_only == "no_question"
+
+
+def test_users_of_a_tenant_share_only_when_told():
+    ring = Keyring(SECRET, share_within_tenant=True)
+    a, b = (key(*BASE, who=Who(tenant="t", user=u), ring=ring) for u in "ab")
+    assert (a.exact, a.scope) == (b.exact, b.scope)
+    assert key(*BASE, who=Who(tenant="t2", user="a"), ring=ring).scope != a.scope
+
+
+def test_told_patterns_outside_the_question_do_not_matter():
+    ring = Keyring(SECRET, scope_ignore=[r"\d{4}-\d{2}-\d{2}"])
+    a, b = (key(SystemMessage(f"Day: 2026-11-{d}"), BASE[1], ring=ring) for d in ("01", "02"))
+    assert a.scope == b.scope
+    assert a.exact == b.exact
+
+
+@pytest.mark.parametrize(
+    ("messages", "llm", "reason"),
+    [
+        (BASE, MODEL.replace("('stop'", "('tools', [{'name': 'f'}]), ('stop'"), "tools"),
+        (BASE, MODEL.replace("('_type'", "('format', 'json'), ('_type'"), "structured_output"),
+        (BASE, "something else", "opaque_model"),
+        ((*BASE, AIMessage("", tool_calls=[{"name": "f", "args": {}, "id": "1"}]), ToolMessage("x", tool_call_id="1"),
+          BASE[1]), MODEL, "tools"),
+        ((HumanMessage([{"type": "image_url", "image_url": {"url": "data:,A"}}]),), MODEL, "media"),
+        ((*BASE, AIMessage("Well")), MODEL, "no_question"),
+        ((SystemMessage("Translate into German."), BASE[1]), MODEL, "not_a_question"),
+    ],
+)  # fmt: skip
+def test_what_is_answered_on_an_exact_repeat_only_says_why(messages, llm, reason):
+    found = key(*messages, llm=llm)
+    assert (found.exact_only, found.scope, found.question) == (reason, "", None)
+
+
+def test_a_model_without_a_name_is_declined_unless_told():
+    unnamed = "[('_type', 'chat-ollama'), ('stop', None)]"
+    assert key(*BASE, llm=unnamed) == Declined("unnamed_model")
+    allowed = key(*BASE, llm=unnamed, ring=Keyring(SECRET, allow_unnamed_models=True))
+    assert allowed.question == "How long may I keep a book?"
+
+
+def test_the_forms_of_a_model_that_langchain_writes():
+    assert parse_llm_string("[('_type', 'x'), ('model_name', 'gpt')]").name == "gpt"
+    assert parse_llm_string('{"id": [], "kwargs": {"model_name": "gpt"}, "lc": 1}---[(\'stop\', None)]').name == "gpt"
+    assert parse_llm_string('aegis/1 {"model":"m:latest"}').name == "m:latest"
+    assert parse_llm_string('aegis/1 {"model":"m:latest","tools":[1]}').exact_only == "tools"
+    with_object = "[('_type', 'x'), ('callbacks', <object at 0x7f>), ('model', 'm'), ('tools', [<f>])]"
+    assert (parse_llm_string(with_object).name, parse_llm_string(with_object).exact_only) == ("m", "tools")
+
+
+def test_pipelines_and_versions_never_share():
+    def of(**kw):
+        return RING.for_pipeline("How long may I keep a book?", Who(), **{"pipeline": "rag", "version": "1", **kw})
+
+    keys = [of(), of(version="2"), of(pipeline="rag2"), of(pipeline="rag:1", version="")]
+    assert len({k.exact for k in keys}) == len({k.scope for k in keys}) == 4
+    assert RING.for_pipeline("x" * 401 + "?", Who(), pipeline="rag", version="").exact_only == "too_long"
