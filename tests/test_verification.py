@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from langchain_aegis.verification import GUARDS, Profile, compare, profile, thresholds
 
 KEY = b"a key of the tests"
-WORDS = st.sampled_from(
+VOCABULARY = (
     "How do I enable disable not 30 minutes from Paris to Rome the Redis v2.4 three reasons € 500 Frage wie lange "
-    'über kein "orders" parse_config non-members 18-year-old briefly in a table turn off July May 5k 2 million'.split()
+    'über kein "orders" parse_config non-members 18-year-old briefly in a table turn off July May 5k 2 million'
 )
+WORDS = st.sampled_from(VOCABULARY.split())
 TEXTS = st.one_of(st.text(max_size=80), st.lists(WORDS, max_size=14).map(" ".join))
 
 
