@@ -430,11 +430,9 @@ class AegisSemanticCache(BaseCache):
         if (vector := self._judged.get(question)) is not None:
             return vector
         try:
-            packed = pack(self._engine.embedder.embed(question))
+            packed = pack(self._engine.embedder.get().embed_query(question))  # no budget: nobody waits for an answer
         except Unavailable as exc:
-            raise AegisConfigError(
-                "judge needs an embedder that answers: give embeddings=, or see `aegis doctor`"
-            ) from exc
+            raise AegisConfigError("judge needs an embedder: give embeddings=, or see `aegis doctor`") from exc
         if packed is None:
             raise AegisConfigError("the embedder returned a vector without a direction (zeros, NaN or infinity)")
         if len(self._judged) >= 4096:

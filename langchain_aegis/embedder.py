@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import hashlib
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from langchain_core.embeddings import Embeddings
@@ -53,16 +54,7 @@ class Embedder:
             Unavailable: There is no embedder, it failed, or it needs longer than the budget.
         """
         self._check()
-        future: Future[Sequence[float]] = Future()
-        context = contextvars.copy_context()
-
-        def work() -> None:
-            try:
-                future.set_result(context.run(self._embed, text))
-            except BaseException as exc:  # handed to the caller, whatever it is
-                future.set_exception(exc)
-
-        threading.Thread(target=work, name="aegis-embed", daemon=True).start()
+        future = _workers().submit(contextvars.copy_context().run, self._embed, text)
         try:
             return self._done(future.result(self._budget_s))
         except TimeoutError as exc:
@@ -92,15 +84,16 @@ class Embedder:
             raise self._failed(exc) from exc
 
     def _embed(self, text: str) -> Sequence[float]:
-        return self._get().embed_query(text)
+        return self.get().embed_query(text)
 
     async def _aembed(self, text: str) -> Sequence[float]:
         embeddings = self._embeddings
         if embeddings is None:
-            embeddings = await asyncio.to_thread(self._get)
+            embeddings = await asyncio.to_thread(self.get)
         return await embeddings.aembed_query(text)
 
-    def _get(self) -> Embeddings:
+    def get(self) -> Embeddings:
+        """Return the embeddings themselves, made if necessary; blocks. Raises Unavailable if there are none."""
         with self._lock:
             if self._embeddings is None:
                 if time.monotonic() < self._look_again:
@@ -133,6 +126,31 @@ class Embedder:
         detail = str(exc) if isinstance(exc, AegisError) else type(exc).__name__
         warn_once("embedder_down", f"the embedder failed ({detail}); only exact repeats are answered from the cache")
         return Unavailable("embedder_down")
+
+
+_pool: ThreadPoolExecutor | None = None
+_pool_lock = threading.Lock()
+
+
+def _workers() -> ThreadPoolExecutor:
+    """The threads that embed for blocking callers.
+
+    Joined at exit: a native library that still computes in a daemon thread aborts a process that ends.
+    """
+    global _pool
+    if (pool := _pool) is None:
+        with _pool_lock:
+            pool = _pool = _pool or ThreadPoolExecutor(8, thread_name_prefix="aegis-embed")
+    return pool
+
+
+def _forget_after_fork() -> None:
+    global _pool, _pool_lock
+    _pool, _pool_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 def embedder_name(embeddings: Embeddings) -> str:

@@ -34,8 +34,6 @@ from langchain_aegis.verification import thresholds
 
 T = TypeVar("T")
 
-_ALIASES = {"all-minilm": "all-minilm-l6-v2", "all-minilm:22m": "all-minilm-l6-v2"}  # Ollama's names
-
 
 @dataclass(slots=True)
 class Counts:
@@ -224,7 +222,7 @@ class Engine:
         name = self.embedder.name or ""
         if self.options.min_similarity is not None:
             return name, self.options.min_similarity
-        value, known = thresholds(_ALIASES.get(name, name), self.options.settings.mode)
+        value, known = thresholds(name, self.options.settings.mode)
         if not known:
             warn_once(
                 f"uncalibrated:{name}",

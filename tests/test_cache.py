@@ -19,6 +19,7 @@ from langchain_aegis import AegisSemanticCache, Answer, aegis_scope, aegis_sourc
 from langchain_aegis.engine import _pending
 from langchain_aegis.errors import AegisConfigError, AegisConnectionError
 from langchain_aegis.notices import forget_warnings
+from langchain_aegis.settings import AegisSettings
 
 MODEL = "[('_type', 'chat'), ('model', 'm'), ('stop', None)]"
 
@@ -587,8 +588,10 @@ async def test_judging_asks_no_redis(tmp_path):
 
 
 def test_judging_without_an_embedder_says_what_to_do():
+    cache = AegisSemanticCache(settings=AegisSettings(ollama_base_url="http://127.0.0.1:9", model_embeddings=None))
+    cache._engine.embedder._make = lambda: None
     with pytest.raises(AegisConfigError, match="embedder"):
-        AegisSemanticCache(embeddings=Broken()).judge("a?", "b?")
+        cache.judge("a?", "b?")
 
 
 # -- through LangChain ----------------------------------------------------------------------------------------------
