@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx
 
@@ -42,6 +42,13 @@ class Timeouts:
             return self
         read_s = deadline_s if self.read_s is None else min(self.read_s, deadline_s)
         return replace(self, deadline_s=deadline_s, read_s=read_s)
+
+    def like(self, timeout: Any) -> Timeouts:
+        """Return these bounds with those of an httpx `timeout=` argument."""
+        told = httpx.Timeout(timeout)
+        return replace(
+            self, connect_s=told.connect, read_s=told.read, deadline_s=None if told.read is None else self.deadline_s
+        )
 
     def of_http(self, *, whole: bool = False) -> httpx.Timeout:
         """Return the bounds that httpx can keep; `whole` for an answer that comes in one piece."""

@@ -345,22 +345,25 @@ class OllamaClient:
     def _sync(self) -> httpx.Client:
         client = self._http
         if client is None:
-            tls = _trusted() if self._tls else _untrusting()
             with self._lock:
                 if self._http is None:
-                    self._http = httpx.Client(**{"verify": tls, **self._common, **self._sync_options})
+                    self._http = httpx.Client(**self._options(self._sync_options))
                     self._closer = weakref.finalize(self, self._http.close)
                 client = self._http
         return client
 
     async def _async(self) -> httpx.AsyncClient:
-        if self._tls and not _trusted.cache_info().currsize:
+        if self._tls and "verify" not in self._async_options and not _trusted.cache_info().currsize:
             await asyncio.to_thread(_trusted)
         return self._ahttp.get()
 
     def _make_async(self) -> httpx.AsyncClient:
-        tls = _trusted() if self._tls else _untrusting()
-        return httpx.AsyncClient(**{"verify": tls, **self._common, **self._async_options})
+        return httpx.AsyncClient(**self._options(self._async_options))
+
+    def _options(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        headers = {name.lower(): value for name, value in (own.get("headers") or {}).items()}
+        tls = {} if "verify" in own else {"verify": _trusted() if self._tls else _untrusting()}
+        return {**self._common, **tls, **own, "headers": {**self._common["headers"], **headers}}
 
 
 def shared_client(base_url: str, headers: Mapping[str, str] | None = None) -> OllamaClient:

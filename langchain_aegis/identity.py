@@ -13,6 +13,7 @@ from typing import Any
 from langchain_aegis.errors import AegisOptionError
 
 PREFIX = "aegis/1 "
+_write = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 
 # They decide how fast and where an answer is computed, not what it says.
 EXECUTION_OPTIONS = frozenset(
@@ -77,7 +78,7 @@ def llm_string(identity: Mapping[str, Any]) -> str:
         AegisOptionError: A value is nothing that JSON can say.
     """
     try:
-        return PREFIX + json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return PREFIX + _write(identity)
     except (TypeError, ValueError, RecursionError) as exc:
         raise AegisOptionError(f"an option of the model cannot be written as JSON: {exc}") from exc
 

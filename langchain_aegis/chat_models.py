@@ -1,0 +1,420 @@
+"""A chat model on Ollama that takes ChatOllama's place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator, Mapping
+from typing import Any, Literal, Self
+
+from langchain_core.caches import BaseCache
+from langchain_core.callbacks import (
+    AsyncCallbackManagerForLLMRun,
+    CallbackManagerForLLMRun,
+)
+from langchain_core.globals import get_llm_cache
+from langchain_core.language_models._utils import _update_message_content_to_blocks
+from langchain_core.language_models.base import LangSmithParams
+from langchain_core.messages import BaseMessage
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from langchain_core.utils.utils import secret_from_env
+from ollama import Tool
+from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, model_validator
+
+from langchain_aegis.answers import Whole, read_chunk, read_result
+from langchain_aegis.attempts import Timeouts
+from langchain_aegis.client import OllamaClient, shared_client
+from langchain_aegis.errors import (
+    AegisConfigError,
+    AegisContextOverflowError,
+    AegisModelNotFoundError,
+    AegisOptionError,
+)
+from langchain_aegis.hits import CachedChat
+from langchain_aegis.identity import llm_string, normalise_model
+from langchain_aegis.notices import logger
+from langchain_aegis.options import (
+    ALIASES,
+    MODEL_OPTIONS,
+    Call,
+    check_keep_alive,
+    check_model,
+    check_names,
+    check_stop,
+    check_timeout,
+    merge,
+    resolve_aliases,
+)
+from langchain_aegis.replays import StreamEntry, as_chunks
+from langchain_aegis.settings import AegisSettings, normalise_base_url
+
+
+class ChatAegis(CachedChat):
+    """ChatOllama with its own transport, checked options, errors of one tree, and a name for the cache.
+
+    Messages, tools and structured output are converted by ChatOllama, so an application changes the constructor's
+    name only. All of ChatOllama's arguments are accepted, and Ollama's options that it lacks. Unknown ones are
+    refused, also in a call. A call's options are merged over the constructor's:
+    `model.invoke(x, temperature=0, num_predict=50)`.
+
+    Args:
+        model: Name of the model; default `OLLAMA_MODEL_GENERATION`.
+        base_url: Address of the server; default `OLLAMA_BASE_URL`. `user:password@` in it is sent, never shown.
+        on_overflow: What happens to a prompt that does not fit into the model's window: "raise" an
+            AegisContextOverflowError, or "warn" and let the server cut it.
+        timeout: Seconds that a whole answer may take; default `AEGIS_DEADLINE_S`.
+        max_retries: How often a call is repeated while the server is overloaded or cannot be reached.
+        max_tokens: Another name of `num_predict`.
+        api_key: Sent as bearer token; default `OLLAMA_API_KEY`.
+
+    Raises:
+        AegisConfigError: No model is named, or `base_url` is no address.
+        AegisOptionError: An argument is unknown or has the wrong type.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    tuning: str = "auto"
+    on_overflow: Literal["raise", "warn"] = "raise"
+    max_concurrency: int | None = Field(default=None, gt=0)
+    window_ms: float | None = Field(default=None, ge=0)
+    timeout: float | None = None
+    max_retries: int | None = Field(default=None, ge=0, le=10)
+    api_key: SecretStr | None = Field(default_factory=secret_from_env("OLLAMA_API_KEY", default=None), repr=False)
+    streaming: bool | None = None
+    base_url: str | None = Field(default=None, repr=False)
+
+    # Ollama's options that ChatOllama lacks
+    min_p: float | None = None
+    typical_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    num_keep: int | None = None
+    num_batch: int | None = None
+    main_gpu: int | None = None
+    draft_num_predict: int | None = None
+    use_mmap: bool | None = None
+    use_mlock: bool | None = None
+    numa: bool | None = None
+    low_vram: bool | None = None
+    penalize_newline: bool | None = None
+
+    # May hold credentials: neither shown nor serialised.
+    client_kwargs: dict[str, Any] | None = Field(default={}, exclude=True, repr=False)
+    sync_client_kwargs: dict[str, Any] | None = Field(default={}, exclude=True, repr=False)
+    async_client_kwargs: dict[str, Any] | None = Field(default={}, exclude=True, repr=False)
+
+    _timeouts: Timeouts = PrivateAttr()
+    _default_keep_alive: str = PrivateAttr()
+    _headers: dict[str, str] = PrivateAttr(default_factory=dict)
+    _own_server: OllamaClient | None = PrivateAttr(default=None)
+
+    def __init__(self, model: str | None = None, **arguments: Any) -> None:
+        check_names(arguments, {*type(self).model_fields, *ALIASES}, f"argument of {type(self).__name__}:")
+        values = resolve_aliases(arguments)
+        if model is None or values.get("base_url") is None:
+            settings = AegisSettings.from_env()
+            model = settings.model_generation if model is None else model
+            if values.get("base_url") is None:
+                values["base_url"] = settings.ollama_base_url
+        if model is None:
+            raise AegisConfigError('no model is named; write ChatAegis("name") or set OLLAMA_MODEL_GENERATION')
+        values["base_url"] = normalise_base_url(values["base_url"])
+        try:
+            super().__init__(model=check_model(model), **values)
+        except ValidationError as exc:
+            faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in exc.errors())
+            raise AegisOptionError(f"{type(self).__name__}: {'; '.join(faults)}") from exc
+
+    @model_validator(mode="after")
+    def _set_clients(self) -> Self:
+        """Take the place of ChatOllama's, which would build two clients for each model."""
+        if not self.tuning.strip():
+            raise AegisOptionError('tuning must be "auto" or the name of a tuning')
+        if self.top_logprobs is not None and self.logprobs is None:
+            self.logprobs = True
+        if self.top_logprobs is not None and self.logprobs is False:
+            raise AegisOptionError("top_logprobs needs logprobs=True")
+        if self.keep_alive is not None:
+            check_keep_alive(self.keep_alive)
+        settings = AegisSettings.from_env()
+        shared = dict(self.client_kwargs or {})
+        sync_options, async_options = (
+            {**shared, **(own or {})} for own in (self.sync_client_kwargs, self.async_client_kwargs)
+        )
+        self._headers = dict(shared.get("headers") or {})
+        if self.api_key is not None and not any(name.lower() == "authorization" for name in self._headers):
+            self._headers["authorization"] = f"Bearer {self.api_key.get_secret_value()}"
+        self._timeouts = Timeouts.of(settings)
+        if "timeout" in shared:
+            self._timeouts = self._timeouts.like(shared["timeout"])
+        if self.timeout is not None:
+            self._timeouts = self._timeouts.within(check_timeout(self.timeout))
+        self._default_keep_alive = settings.keep_alive
+        for options in (sync_options, async_options):
+            options.pop("timeout", None)
+            if options.get("headers") == shared.get("headers"):
+                options.pop("headers", None)
+        if sync_options or async_options:  # what httpx gets then, nobody else shares
+            self._own_server = OllamaClient(
+                self.base_url or settings.ollama_base_url,
+                headers=self._headers,
+                sync_options=sync_options,
+                async_options=async_options,
+            )
+        if self.validate_model_on_init:
+            self._check_model_exists()
+        return self
+
+    def _check_model_exists(self) -> None:
+        names = [str(each.get("model") or each.get("name")) for each in self._server.tags(timeouts=self._timeouts)]
+        if normalise_model(self.model) not in names and not any(name.startswith(f"{self.model}:") for name in names):
+            raise AegisModelNotFoundError(
+                f"the server does not have the model {self.model!r}; run `ollama pull {self.model}` there. It has:"
+                f" {', '.join(names) or 'none'}"
+            )
+
+    # -- what LangChain asks about the model --
+
+    @property
+    def _llm_type(self) -> str:
+        return "chat-aegis"
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """Say that the model can be serialised; credentials are left out."""
+        return True
+
+    @property
+    def lc_secrets(self) -> dict[str, str]:
+        """Arguments that are serialised as the name of an environment variable."""
+        login = {"base_url": "OLLAMA_BASE_URL"} if "@" in (self.base_url or "") else {}
+        return {"api_key": "OLLAMA_API_KEY", **login}
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return self._identity(self._call(None, {}))
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        return llm_string(self._identity(self._call(stop, kwargs)))
+
+    def _identity(self, call: Call) -> dict[str, Any]:
+        version = self.output_version if self.output_version != "v0" else None
+        return call.identity(output_version=version)
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        call = self._call(stop, kwargs)
+        params = LangSmithParams(ls_provider="ollama", ls_model_name=call.model, ls_model_type="chat")
+        if (temperature := call.options.get("temperature")) is not None:
+            params["ls_temperature"] = temperature
+        if (num_predict := call.options.get("num_predict")) is not None:
+            params["ls_max_tokens"] = num_predict
+        if call.stop:
+            params["ls_stop"] = list(call.stop)
+        return params
+
+    def _call(self, stop: list[str] | None, arguments: dict[str, Any]) -> Call:
+        """Return what a call with these arguments asks for."""
+        if tools := arguments.get("tools"):
+            plain = [tool if isinstance(tool, dict) else convert_to_openai_tool(tool) for tool in tools]
+            arguments = {**arguments, "tools": plain}
+        return merge(self._defaults(), arguments, stop=stop, resolve_format=self._resolve_format_param)
+
+    def _defaults(self) -> Call:
+        values = self.__dict__
+        return Call(
+            model=self.model,
+            options={name: value for name in MODEL_OPTIONS if (value := values.get(name)) is not None},
+            stop=None if self.stop is None else check_stop(self.stop),
+            format=self.format or None,
+            think=self.reasoning,
+            logprobs=self.logprobs,
+            top_logprobs=self.top_logprobs,
+            keep_alive=check_keep_alive(self._default_keep_alive if self.keep_alive is None else self.keep_alive),
+            truncate=self.on_overflow == "warn",  # False makes the server refuse what it would cut in silence
+        )
+
+    # -- calls --
+
+    def _chat_params(self, messages: list[BaseMessage], stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
+        return self._body(self._call(stop, kwargs), messages)
+
+    def _body(self, call: Call, messages: list[BaseMessage]) -> dict[str, Any]:
+        converted = self._convert_messages_to_ollama_messages(messages)
+        body = call.request([_wire_message(dict(message)) for message in converted])
+        if call.tools:
+            body["tools"] = _wire_tools(call.tools)
+        if self.on_overflow == "warn":
+            body["truncate"] = False  # at first, to learn that the prompt does not fit
+        return body
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        call = self._call(stop, kwargs)
+        return read_result(self._ask(call, self._body(call, messages)), reasoning=call.think)
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        call = self._call(stop, kwargs)
+        return read_result(await self._aask(call, self._body(call, messages)), reasoning=call.think)
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        for chunk in self._stream_or_replay(messages, stop, kwargs):
+            if run_manager:
+                run_manager.on_llm_new_token(chunk.text, verbose=self.verbose)
+            yield chunk
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        async with contextlib.aclosing(self._astream_or_replay(messages, stop, kwargs)) as stream:
+            async for chunk in stream:
+                if run_manager:
+                    await run_manager.on_llm_new_token(chunk.text, verbose=self.verbose)
+                yield chunk
+
+    def _stream_or_replay(
+        self, messages: list[BaseMessage], stop: list[str] | None, arguments: dict[str, Any]
+    ) -> Iterator[ChatGenerationChunk]:
+        call = self._call(stop, arguments)
+        entry = self._entry(messages, call)
+        if entry and (hit := entry.lookup()):
+            yield from as_chunks(hit)
+            return
+        whole = Whole()
+        for part in self._ask_stream(call, self._body(call, messages)):
+            if entry:
+                whole.add(part)
+            yield read_chunk(part, reasoning=call.think)
+        # Reached only when the consumer took all of it, and the server said that it was all.
+        if entry and (complete := whole.part()):
+            entry.store(self._storable(complete, call))
+
+    async def _astream_or_replay(
+        self, messages: list[BaseMessage], stop: list[str] | None, arguments: dict[str, Any]
+    ) -> AsyncGenerator[ChatGenerationChunk, None]:
+        call = self._call(stop, arguments)
+        entry = self._entry(messages, call)
+        if entry and (hit := await entry.alookup()):
+            for chunk in as_chunks(hit):
+                yield chunk
+            return
+        whole = Whole()
+        async with contextlib.aclosing(self._aask_stream(call, self._body(call, messages))) as parts:
+            async for part in parts:
+                if entry:
+                    whole.add(part)
+                yield read_chunk(part, reasoning=call.think)
+        if entry and (complete := whole.part()):
+            await entry.astore(self._storable(complete, call))
+
+    def _entry(self, messages: list[BaseMessage], call: Call) -> StreamEntry | None:
+        if self.cache is False or not StreamEntry.applies(self):
+            return None
+        cache = self.cache if isinstance(self.cache, BaseCache) else get_llm_cache()
+        return StreamEntry(cache, messages, llm_string(self._identity(call)), self._shown_config) if cache else None
+
+    def _storable(self, part: dict[str, Any], call: Call) -> ChatGeneration:
+        """Return the generation that LangChain would store had the answer not been streamed."""
+        generation = read_result(part, reasoning=call.think).generations[0]
+        generation.message.response_metadata = dict(generation.generation_info or {})
+        if self.output_version == "v1":
+            generation.message = _update_message_content_to_blocks(generation.message, "v1")
+        return generation
+
+    # -- the four places where the server is called --
+
+    @property
+    def _server(self) -> OllamaClient:
+        return self._own_server or shared_client(self.base_url or AegisSettings().ollama_base_url, self._headers)
+
+    def _ask(self, call: Call, body: dict[str, Any]) -> dict[str, Any]:
+        bounds = self._bounds(call)
+        try:
+            return self._server.chat(body, **bounds)
+        except AegisContextOverflowError as exc:
+            return self._server.chat(self._cut(body, exc), **bounds)
+
+    async def _aask(self, call: Call, body: dict[str, Any]) -> dict[str, Any]:
+        bounds = self._bounds(call)
+        try:
+            return await self._server.achat(body, **bounds)
+        except AegisContextOverflowError as exc:
+            return await self._server.achat(self._cut(body, exc), **bounds)
+
+    def _ask_stream(self, call: Call, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
+        bounds, begun = self._bounds(call), False
+        try:
+            for part in self._server.chat_stream(body, **bounds):
+                begun = True
+                yield part
+        except AegisContextOverflowError as exc:
+            if begun:
+                raise
+            yield from self._server.chat_stream(self._cut(body, exc), **bounds)
+
+    async def _aask_stream(self, call: Call, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        bounds, begun = self._bounds(call), False
+        try:
+            async with contextlib.aclosing(self._server.achat_stream(body, **bounds)) as parts:
+                async for part in parts:
+                    begun = True
+                    yield part
+        except AegisContextOverflowError as exc:
+            if begun:
+                raise
+            async with contextlib.aclosing(self._server.achat_stream(self._cut(body, exc), **bounds)) as parts:
+                async for part in parts:
+                    yield part
+
+    def _bounds(self, call: Call) -> dict[str, Any]:
+        return {"timeouts": self._timeouts.within(call.timeout_s), "retries": self.max_retries or 0}
+
+    def _cut(self, body: dict[str, Any], refusal: AegisContextOverflowError) -> dict[str, Any]:
+        """Return the request that lets the server cut the prompt, or raise `refusal` where that is not wanted."""
+        if self.on_overflow != "warn":
+            raise refusal
+        logger.warning("prompt_cut: %s; the server cuts it", refusal)
+        return {**body, "truncate": True}
+
+
+def _wire_message(message: dict[str, Any]) -> dict[str, Any]:
+    # Ids of tool calls are left out, as ChatOllama's client leaves them out: made up anew for every call, they would
+    # change the prompt. Go reads a missing field as an empty one.
+    message.pop("tool_call_id", None)
+    if calls := message.get("tool_calls"):
+        message["tool_calls"] = [{"function": call["function"]} for call in calls]
+    return {name: value for name, value in message.items() if value}
+
+
+def _wire_tools(tools: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    # What ChatOllama's client makes of them: other bytes would be another prompt, and another answer.
+    try:
+        wired = [Tool.model_validate(tool).model_dump(exclude_none=True) for tool in tools]
+    except ValidationError as exc:
+        raise AegisOptionError(f"a tool is not what Ollama takes: {exc.errors()[0]['msg']}") from exc
+    for tool in wired:
+        parameters = tool.get("function", {}).get("parameters", {})
+        if "defs" in parameters:
+            parameters["$defs"] = parameters.pop("defs")
+    return wired

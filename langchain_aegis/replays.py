@@ -1,0 +1,184 @@
+"""Give a cached answer back as a message of its own, or as a stream, and keep streams in LangChain's cache.
+
+LangChain consults its cache for `invoke` only, and hands a hit on as one lump with the id of the answer that was
+stored. Knows nothing of any particular cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+from langchain_core.caches import BaseCache
+from langchain_core.language_models._utils import _update_message_content_to_blocks
+from langchain_core.load import dumps
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.messages.ai import UsageMetadata
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk
+
+from langchain_aegis.notices import warn_once
+from langchain_aegis.scope import seen_config
+
+_WORDS_PER_CHUNK = 3
+_MAX_CHUNKS = 32  # a chunk costs some 40 us, and a hit shall not hold the event loop
+
+# The model whose cache LangChain itself consults right now, so that the stream inside it need not.
+_consulted: ContextVar[object] = ContextVar("aegis_consulted", default=None)
+
+
+@contextlib.contextmanager
+def consulted_by_core(model: object) -> Iterator[None]:
+    """Say that LangChain looks up and stores the calls of `model` inside."""
+    token = _consulted.set(model)
+    try:
+        yield
+    finally:
+        _consulted.reset(token)
+
+
+class StreamEntry:
+    """Where the answer of one streamed call stands in LangChain's cache.
+
+    A cache that fails is a miss: without it, the stream would have worked.
+    """
+
+    def __init__(
+        self, cache: BaseCache, messages: Iterable[BaseMessage], llm_string: str, config: Mapping[str, Any] | None
+    ) -> None:
+        # The same prompt that LangChain itself would look up.
+        self._prompt = dumps([m.model_copy(update={"id": None}) if m.id is not None else m for m in messages])
+        self._cache = cache
+        self._llm_string = llm_string
+        self._config = config
+
+    @staticmethod
+    def applies(model: object) -> bool:
+        """Say whether LangChain has not consulted the cache for this call already."""
+        return _consulted.get() is not model
+
+    def lookup(self) -> AIMessage | None:
+        """Return the cached answer, None if there is none."""
+        try:
+            with seen_config(self._config):
+                return _first(self._cache.lookup(self._prompt, self._llm_string))
+        except Exception as exc:  # a cache may raise anything
+            _failed(exc)
+            return None
+
+    async def alookup(self) -> AIMessage | None:
+        """Do what `lookup` does, without blocking the event loop."""
+        try:
+            with seen_config(self._config):
+                return _first(await self._cache.alookup(self._prompt, self._llm_string))
+        except Exception as exc:  # a cache may raise anything
+            _failed(exc)
+            return None
+
+    def store(self, generation: ChatGeneration) -> None:
+        """Keep a complete answer."""
+        try:
+            with seen_config(self._config):
+                self._cache.update(self._prompt, self._llm_string, [generation])
+        except Exception as exc:  # a cache may raise anything, and the answer has been given
+            _failed(exc)
+
+    async def astore(self, generation: ChatGeneration) -> None:
+        """Do what `store` does, without blocking the event loop."""
+        try:
+            with seen_config(self._config):
+                await self._cache.aupdate(self._prompt, self._llm_string, [generation])
+        except Exception as exc:  # a cache may raise anything, and the answer has been given
+            _failed(exc)
+
+
+def freshen(generations: list[ChatGeneration], message_id: str) -> list[AIMessage]:
+    """Replace cached generations, in place, by ones of this call's own; return their messages.
+
+    They share nothing with the cache, have a new id (with the old one a graph's state would replace an earlier
+    message) and complete usage (consumers of events require it).
+    """
+    messages = []
+    for index, generation in enumerate(generations):
+        if isinstance(generation.message, AIMessage):
+            message = generation.message.model_copy(
+                deep=True,
+                update={
+                    "id": f"{message_id}-{index}" if index else message_id,
+                    "usage_metadata": complete_usage(generation.message.usage_metadata),
+                },
+            )
+            generations[index] = generation.model_copy(update={"message": message})
+            messages.append(message)
+    return messages
+
+
+def complete_usage(usage: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return `usage` with every field that LangChain's consumers require."""
+    known = dict(usage or {})
+    for name in ("input_tokens", "output_tokens"):
+        known.setdefault(name, 0)
+    known.setdefault("total_tokens", known["input_tokens"] + known["output_tokens"])
+    return known
+
+
+def as_chunks(message: AIMessage, *, output_version: str | None = None) -> list[ChatGenerationChunk]:
+    """Return a message as the chunks of a stream, a few words each; the last holds usage, metadata and tool calls.
+
+    Args:
+        message: A complete answer.
+        output_version: "v1" for chunks whose content is a list of blocks.
+    """
+    words = re.findall(r"\s*\S+|\s+\Z", str(message.text))
+    size = max(_WORDS_PER_CHUNK, math.ceil(len(words) / _MAX_CHUNKS))
+    texts = ["".join(words[i : i + size]) for i in range(0, len(words), size)] or [""]
+    usage = complete_usage(message.usage_metadata)
+    chunks = [AIMessageChunk(content=text, id=message.id) for text in texts[:-1]]
+    chunks.append(
+        AIMessageChunk(
+            content=texts[-1],
+            id=message.id,
+            tool_calls=message.tool_calls,
+            invalid_tool_calls=message.invalid_tool_calls,
+            usage_metadata=UsageMetadata(**usage),  # type: ignore[typeddict-item] # a cache may add fields
+            response_metadata={k: v for k, v in message.response_metadata.items() if k != "output_version"},
+            chunk_position="last",
+        )
+    )
+    chunks[0].additional_kwargs = dict(message.additional_kwargs)
+    if output_version == "v1":
+        chunks = _as_blocks(chunks)
+    return [ChatGenerationChunk(message=chunk) for chunk in chunks]
+
+
+def _as_blocks(chunks: Sequence[AIMessageChunk]) -> list[AIMessageChunk]:
+    # Blocks of one kind that follow each other are pieces of one, and pieces are told by their index.
+    converted, index, kind = [], -1, ""
+    for chunk in chunks:
+        blocks = _update_message_content_to_blocks(chunk, "v1")
+        for block in blocks.content:
+            if isinstance(block, dict):
+                if block["type"] != kind:
+                    kind, index = block["type"], index + 1
+                block.setdefault("index", index)
+        converted.append(blocks)
+    return converted
+
+
+def _first(found: object) -> AIMessage | None:
+    # As in LangChain, only a list is a hit; a plain text counts as a message.
+    if not isinstance(found, list) or not found:
+        return None
+    message = getattr(found[0], "message", None)
+    if message is None and isinstance(text := getattr(found[0], "text", None), str):
+        return AIMessage(content=text)
+    return message.model_copy(deep=True) if isinstance(message, AIMessage) else None
+
+
+def _failed(exc: Exception) -> None:
+    warn_once(
+        "stream_cache_failed", f"the cache failed for a streamed answer ({type(exc).__name__}); the model was asked"
+    )
