@@ -182,7 +182,7 @@ def test_a_killed_server_is_started_again_at_the_same_url(home, client):
 
 
 def test_the_next_start_waits_for_the_end_of_the_last(home, client):
-    for count in range(5):
+    for count in range(3):
         with EmbeddedRedis() as server:
             assert client(server.url).incr("count") == count + 1
             keeper = server.start().keeper_pid

