@@ -22,7 +22,6 @@ class Word:
 
     number: int  # of the form in the lexicon, from 1; 0 while it has no content of its own
     stop: bool = False
-    optional: bool = False
     negation: bool = False
     soft_negation: bool = False
     question: str = ""
@@ -55,7 +54,10 @@ class Lexicon:
     tables: dict[str, Table]
     votes: dict[str, int]  # form -> bit per position in LANGUAGES
     related: dict[int, frozenset[int]]  # number of a form -> numbers of the forms that may stand for it
-    optional: frozenset[int]
+    light: frozenset[int]
+    category: frozenset[int]  # what a name may be introduced with
+    implied: tuple[frozenset[int], ...]  # per question code: what its question word asks for already
+    particular: frozenset[int]  # members of exclusive sets
     conflicts: frozenset[tuple[str, str]]
     questions: tuple[str, ...]  # codes of question words; a profile stores the position
     shapes: tuple[str, ...]
@@ -127,11 +129,35 @@ def _stem_en(word: str) -> str:
             if len(cut) > 3 and cut[-1] == cut[-2] and cut[-1] not in "sf" and (cut[-1] != "l" or len(cut) > 5):
                 cut = cut[:-1]
             word = cut
+    for ending in _EN_DERIVED:
+        if word.endswith(ending) and len(word) - len(ending) >= 4:
+            return word[: -len(ending)]
     return word[:-1] if word.endswith("e") and len(word) > 3 else word
 
 
+_EN_DERIVED = ("ation", "ition", "ment", "ance", "ence", "ity", "ion", "ate")  # "formation" is "form"
 _FOLD = str.maketrans({"ä": "a", "ö": "o", "ü": "u", "ß": "ss"})
-_DE_ENDINGS = ("ern", "tet", "ten", "est", "en", "er", "em", "es", "et", "te", "st", "e", "n", "s", "t")
+_DE_ENDINGS = (
+    "ungen",
+    "ung",
+    "keiten",
+    "keit",
+    "ern",
+    "tet",
+    "ten",
+    "est",
+    "en",
+    "er",
+    "em",
+    "es",
+    "et",
+    "te",
+    "st",
+    "e",
+    "n",
+    "s",
+    "t",
+)
 
 
 def _stem_de(word: str) -> str:
@@ -148,10 +174,8 @@ class _Builder:
 
     def __init__(self) -> None:
         self.tables = {"en": Table(), "de": Table()}
-        self.count = 0
         self.related: dict[int, set[int]] = {}
         self.numbers: dict[str, int] = {}
-        self.optional: set[int] = set()
         self.not_english: set[str] = set()
         self.not_german: set[str] = set()
 
@@ -188,9 +212,15 @@ class _Builder:
         for language, text in synonyms["sets"].items():
             for line in text.strip().splitlines():
                 self._set(line.split(), (language,))
-        for language, text in synonyms["optional"].items():
-            for word in self._set_one_by_one(text.split(), language):
-                self.optional.add(word.number)
+        light = {
+            number for language, text in synonyms["light"].items() for number in self._each(text.split(), (language,))
+        }
+        implied = {
+            code: frozenset(self._each(text.split(), ("en", "de"))) for code, text in synonyms["implied"].items()
+        }
+        category = {
+            number for text in synonyms["category"].values() for number in self._each(text.split(), ("en", "de"))
+        }
         direction = guards["direction"]
         for kind in ("convert", "from", "to"):
             for word in self._add(direction[kind].split()):
@@ -203,7 +233,12 @@ class _Builder:
             tables=self.tables,
             votes=_votes(languages["detect"]),
             related={number: frozenset(others - {number}) for number, others in self.related.items()},
-            optional=frozenset(self.optional),
+            light=frozenset(light),
+            category=frozenset(category),
+            implied=tuple(implied.get(code, frozenset()) for code in questions),
+            particular=frozenset(
+                word.number for table in self.tables.values() for word in table.words.values() if word.exclusive
+            ),
             conflicts=_conflicts(guards["question_words"]["conflicts"]),
             questions=questions,
             shapes=shapes,
@@ -224,7 +259,7 @@ class _Builder:
                 word.soft_negation = True
 
     def _questions(self, data: dict[str, str]) -> tuple[str, ...]:
-        codes = ["command", "yes_no"]
+        codes = ["command", "yes_no", "units"]
         for language in self.tables:
             for form, code in _pairs(data[language]):
                 for word in self._add([form], (language,)):
@@ -266,20 +301,17 @@ class _Builder:
         words = []
         for form in forms:
             for word in self._add([form], languages):
-                if not word.number:
-                    number = self.numbers.get(form)
-                    if number is None:
-                        self.count += 1
-                        number = self.numbers[form] = self.count
-                    word.number = number
+                if not word.number:  # inflections of a word are one term
+                    word.number = self.numbers.setdefault(stem(form, languages[0]), len(self.numbers) + 1)
                 words.append(word)
         numbers = {word.number for word in words}
         for number in numbers:
             self.related.setdefault(number, set()).update(numbers)
         return words
 
-    def _set_one_by_one(self, forms: list[str], language: str) -> list[Word]:
-        return [word for form in forms for word in self._set([form], (language,))]
+    def _each(self, forms: list[str], languages: tuple[str, ...]) -> set[int]:
+        """Return the numbers of forms that need not stand for one another."""
+        return {word.number for form in forms for word in self._set([form], languages)}
 
 
 def _index(table: Table, language: str) -> None:

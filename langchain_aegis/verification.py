@@ -38,6 +38,8 @@ GUARDS: tuple[str, ...] = (
 
 _VERSION = 1
 _MAX_CHARACTERS = 16_384  # of a text; what follows counts as one identifier
+_NEGATED, _DENYING = 1, 2  # an odd number of negations; a word that denies without one
+_PASSIVE, _SYMMETRIC = 4, 8  # a passive with its agent; "and", "between" and the like
 _DIGEST = 0x800000  # set in the number of a term that is a digest, clear in that of a form of the lexicon
 
 
@@ -49,7 +51,7 @@ class Profile(NamedTuple):
 
     language: int  # position in LANGUAGES
     question: int  # position in the lexicon's question codes
-    flags: int  # 1 an odd number of negations, 2 a word that denies without one, 4 passive with an agent
+    flags: int  # sum of _NEGATED, _DENYING, _PASSIVE, _SYMMETRIC
     shape: int  # one bit per wish about the answer's form
     source: int  # term after "from"; -1 if none
     target: int  # term after "to"; -1 if none
@@ -167,6 +169,9 @@ _NUMBER = re.compile(r"(\d+(?:[.,:/]\d+)*)(.*)", re.DOTALL)
 _GROUPED = re.compile(r"\d{1,3}(?:[.,]\d{3})+")
 _INITIALS = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")
 _INNER_CAPITAL = re.compile(r"[^\W\d_][^\W\d_]*[a-zß-ÿ][A-Z]|^[a-z]+[A-Z]")
+_GREETING = re.compile(
+    r"\s*(?:good\s+|guten\s+)?(?:morning|afternoon|evening|day|morgen|tag|abend)\s*[!,.]\s*(?=\S)", re.I
+)
 _QUOTES = "\"'`„“”"
 _VERSION_TAG = re.compile(r"v\d+(?:\.\d+)*")
 
@@ -270,6 +275,9 @@ class _Reader:
     def __init__(self, text: str, key: bytes) -> None:
         if not text.isascii():
             text = unicodedata.normalize("NFC", text).replace("’", "'")
+        greeting = _GREETING.match(text)
+        if greeting:
+            text = text[greeting.end() :]
         text, rest = text[:_MAX_CHARACTERS], text[_MAX_CHARACTERS:]
         raw = _TOKEN.findall(text)
         self.key = key
@@ -308,16 +316,18 @@ class _Reader:
                 at += 1
                 continue
             form = self.forms[at]
-            if form.kind == _NUMERIC or (
-                form.word is not None and (form.word.value is not None or form.word.factor is not None)
-            ):
-                at = self._number(at)
-                continue
             found = self._phrase(at, skip)
             if found:
                 word, used = found
                 self._word(word, form)
                 at += used
+                if word.question == "count" and at < size and self._unit(self.forms[at].low):
+                    self.question = "units"  # "how many days" may be "how long"
+                continue
+            if form.kind == _NUMERIC or (
+                form.word is not None and (form.word.value is not None or form.word.factor is not None)
+            ):
+                at = self._number(at)
                 continue
             self._term(at, form)
             at += 1
@@ -414,6 +424,8 @@ class _Reader:
                 self.question = "yes_no"
             letter = len(form.low) == 1 and self.capitals[at] and at and form.low != "i"
             if not letter:
+                if len(form.low) > 4 and word.number and not word.stop:
+                    self.spellings.append((len(self.order), _spelling(form.low, self.key)))
                 self._word(word, form)
                 return
         if len(form.low) == 1 and not self.capitals[at]:
@@ -465,11 +477,12 @@ class _Reader:
         known = lexicon()
         lows = [form.low for form in self.forms]
         passive = any(low in known.passive_aux for low in lows) and any(low in known.passive_by for low in lows)
+        symmetric = any(low in known.symmetric for low in lows)
         order = tuple(self.order)
         return Profile(
             language=self.language,
             question=known.questions.index(self.question or "command"),
-            flags=self.negations & 1 | self.soft << 1 | passive << 2,
+            flags=self.negations % 2 * _NEGATED | self.soft * _DENYING | passive * _PASSIVE | symmetric * _SYMMETRIC,
             shape=self.shape,
             source=self.source,
             target=self.target,
@@ -523,7 +536,7 @@ def compare(cached: Profile, new: Profile, *, off: frozenset[str] = frozenset())
         found.append("number")
     if cached.quantities != new.quantities:
         found.append("quantity")
-    if (cached.flags ^ new.flags) & 1 and not (new if cached.flags & 1 else cached).flags & 2:
+    if (cached.flags ^ new.flags) & _NEGATED and not (new if cached.flags & _NEGATED else cached).flags & _DENYING:
         found.append("negation")
     if cached.opposites != new.opposites:
         for code in cached.opposites - new.opposites:
@@ -550,7 +563,7 @@ def compare(cached: Profile, new: Profile, *, off: frozenset[str] = frozenset())
         found.append("shape")
     if cached.terms != new.terms:
         found.extend(_wording(cached, new))
-    elif cached.order == new.order and (cached.flags ^ new.flags) & 4 and len(cached.order) > 2:
+    elif cached.order == new.order and (cached.flags ^ new.flags) & _PASSIVE and len(cached.order) > 2:
         found.append("order")
     return tuple(code for code in found if code not in off) if off else tuple(found)
 
@@ -566,12 +579,16 @@ def _numbers_differ(cached: Profile, new: Profile) -> bool:
 def _swapped(cached: Profile, new: Profile) -> bool:
     """Return whether the same terms stand in an order that swaps two of them ("does A call B", "does B call A")."""
     left, right = cached.order, new.order
-    if len(left) != len(right) or len(left) < 3 or cached.terms != new.terms or (cached.flags ^ new.flags) & 4:
+    if len(left) != len(right) or cached.terms != new.terms or (cached.flags ^ new.flags) & _PASSIVE:
         return False
     differ = [at for at in range(len(left)) if left[at] != right[at]]
     if len(differ) != 2 or left[differ[0]] != right[differ[1]]:
         return False
-    return not (cached.flags | new.flags) & 8
+    if differ[1] > differ[0] + 1:
+        return cached.question == new.question
+    # Neighbours swap without harm ("apology letter", "letter of apology"), unless both are particular things.
+    things = cached.names | cached.identifiers | lexicon().particular
+    return not (cached.flags | new.flags) & _SYMMETRIC and left[differ[0]] in things and left[differ[1]] in things
 
 
 def _wording(cached: Profile, new: Profile) -> list[str]:
@@ -581,6 +598,14 @@ def _wording(cached: Profile, new: Profile) -> list[str]:
     right = _unexplained(new, cached, known)
     if left and right:
         _drop_misspelt(left, right, cached, new)
+    if not left or not right:
+        left, right = left - known.light, right - known.light
+        if not (
+            cached.names.isdisjoint(new.names)
+            and cached.identifiers.isdisjoint(new.identifiers)
+            and cached.numbers.isdisjoint(new.numbers)
+        ):
+            left, right = left - known.category, right - known.category
     found = []
     odd = left | right
     if odd & (cached.identifiers | new.identifiers):
@@ -598,18 +623,20 @@ def _wording(cached: Profile, new: Profile) -> list[str]:
 
 def _unexplained(mine: Profile, other: Profile, known: Lexicon) -> set[int]:
     """Return the terms of one question that the other neither holds nor says in another word."""
-    related, theirs = known.related, other.terms
+    related, theirs, implied = known.related, other.terms, known.implied[other.question]
     return {
         term
         for term in mine.terms - theirs
-        if term & _DIGEST or (term not in known.optional and related[term].isdisjoint(theirs))
+        if term & _DIGEST or (term not in implied and related[term].isdisjoint(theirs))
     }
 
 
 def _drop_misspelt(left: set[int], right: set[int], cached: Profile, new: Profile) -> None:
     """Take out of both sets the terms that are the same word but for swapped or doubled letters."""
-    theirs = {digest: new.order[at] for at, digest in new.spellings}
+    theirs = {digest: new.order[at] for at, digest in new.spellings if new.order[at] in right}
     for at, digest in cached.spellings:
-        if cached.order[at] in left and theirs.get(digest) in right:
-            left.discard(cached.order[at])
-            right.discard(theirs[digest])
+        mine, other = cached.order[at], theirs.get(digest, 0)
+        # Two words of the lexicon are two words, however alike they look.
+        if mine in left and other in right and (mine | other) & _DIGEST:
+            left.discard(mine)
+            right.discard(other)
