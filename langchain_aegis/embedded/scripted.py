@@ -18,20 +18,16 @@ from langchain_aegis.embedded.wire_engine import (
     End,
     EngineError,
     Generation,
-    Message,
     ModelCard,
     Piece,
     Vectors,
 )
+from langchain_aegis.embedded.wire_window import kept, overflow, shorter
 
 DEFAULT_WINDOW = 4096  # what Ollama gives on a machine without a large GPU
 _CACHED_PROMPTS = 64
 _SILENT = Piece()
 _OPEN_ENDED_WINDOWS = 10  # Ollama ends what is asked to go on for ever after ten windows
-_TOO_LONG = (
-    "the prompt is longer than the context length currently available to the model; shorten the prompt, adjust the "
-    "context length in settings, or use a model with a longer context length"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +175,7 @@ class ScriptedEngine:
                 prompt_ns=max(read - started, 1),
                 tokens=told + (1 if finished else 0),  # the token that ends an answer counts
                 tokens_ns=max(time.perf_counter_ns() - read, 1),
-                context=tuple(_token_id(token) for token in prompt),
+                context=tuple(_token_id(token) for token in prompt) if request.context else (),
             )
 
     async def embed(self, request: Embedding) -> Vectors:
@@ -205,26 +201,22 @@ class ScriptedEngine:
     def _prompt(self, request: Generation, window: int) -> list[str]:
         """Return the prompt's tokens, cut as Ollama cuts them.
 
-        First the oldest messages go, then the middle of what is left: `num_keep` tokens at the start and about half of
-        the window at the end stay.
+        First the oldest messages go, then the middle of what is left.
         """
         tokens = script.tokens(script.rendered(request))
         if not request.truncate:
             if len(tokens) >= window:
-                raise EngineError(400, _overflow(len(tokens), window))
+                raise overflow(len(tokens), window)
             return tokens
         if len(tokens) > window and not request.raw:
-            for start in range(1, len(request.messages)):
-                tokens = script.tokens(script.rendered(request, _from(request.messages, start)))
+            for messages in shorter(request.messages):
+                tokens = script.tokens(script.rendered(request, messages))
                 if len(tokens) <= window:
                     break
         if len(tokens) < window:
             return tokens
-        if not request.shift:
-            raise EngineError(400, _TOO_LONG)
-        keep = min(max(request.options.get("num_keep", 4), 0), window - 1)
-        left = window - max((window - keep) // 2, 1)
-        return [*tokens[:keep], *tokens[len(tokens) - (left - keep) :]]
+        first, last = kept(len(tokens), window, request.options.get("num_keep", 4), shift=request.shift)
+        return [*tokens[:first], *tokens[len(tokens) - last :]]
 
     async def _read(self, prompt: list[str]) -> None:
         known = max((_common(prompt, other) for other in self._known_prompts), default=0)
@@ -254,11 +246,6 @@ class ScriptedEngine:
         self._changed()
 
 
-def _from(messages: Sequence[Message], start: int) -> list[Message]:
-    """Return the messages from `start` on, and the system messages before."""
-    return [*(message for message in messages[:start] if message["role"] == "system"), *messages[start:]]
-
-
 def _limit(request: Generation, prompt_tokens: int, window: int) -> int:
     asked = request.options.get("num_predict", -1)
     limit = _OPEN_ENDED_WINDOWS * window
@@ -269,14 +256,6 @@ def _limit(request: Generation, prompt_tokens: int, window: int) -> int:
 def _until_stop(text: str, stops: Sequence[str]) -> str:
     ends = [found for stop in stops if stop and (found := text.find(stop)) >= 0]
     return text[: min(ends)] if ends else text
-
-
-def _overflow(tokens: int, window: int) -> str:
-    # llama.cpp's own answer, which Ollama hands on as text: JSON inside a JSON string.
-    message = f"request ({tokens} tokens) exceeds the available context size ({window} tokens), try increasing it"
-    error = {"code": 400, "message": message, "type": "exceed_context_size_error",
-             "n_prompt_tokens": tokens, "n_ctx": window}  # fmt: skip
-    return json.dumps({"error": error}, separators=(",", ":"))
 
 
 def _logprobs(request: Generation, token: str) -> tuple[dict[str, Any], ...]:

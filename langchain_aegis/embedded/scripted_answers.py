@@ -38,7 +38,8 @@ def rendered(request: Generation, messages: Sequence[Message] | None = None) -> 
     messages = request.messages if messages is None else messages
     if request.raw:
         return str(messages[-1]["content"])
-    parts = [f"<|tools|>\n{json.dumps(request.tools, ensure_ascii=False)}\n"] if request.tools else []
+    parts = [f"<|before|>\n{request.before}\n"] if request.before else []
+    parts += [f"<|tools|>\n{json.dumps(request.tools, ensure_ascii=False)}\n"] if request.tools else []
     for message in messages:
         calls = message.get("tool_calls")
         said = message["content"] + (json.dumps(calls, ensure_ascii=False, sort_keys=True) if calls else "")

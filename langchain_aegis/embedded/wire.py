@@ -154,6 +154,8 @@ class OllamaWire:
             top_logprobs=asked.get("top_logprobs", 0),
             suffix=asked.get("suffix", ""),
             raw=asked.get("raw", False),
+            before=tuple(token for token in asked.get("context", ()) if isinstance(token, int)),
+            context=path == "/api/generate" and not asked.get("raw"),
         )
         parts = self._parts(generation, keep_alive, started)
         if asked.get("stream", True):

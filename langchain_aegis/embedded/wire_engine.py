@@ -56,6 +56,8 @@ class Generation:
         shift: Go on when the window is full, by forgetting its oldest part.
         suffix: Text that the answer shall lead to (/api/generate of a model with "insert").
         raw: The only message's content is the whole prompt; no template around it.
+        before: Tokens of an earlier answer's `End.context`, which this prompt continues (/api/generate).
+        context: `End.context` is wanted.
     """
 
     model: ModelCard
@@ -70,6 +72,8 @@ class Generation:
     top_logprobs: int = 0
     suffix: str = ""
     raw: bool = False
+    before: tuple[int, ...] = ()
+    context: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +95,7 @@ class End:
         prompt_tokens: Of the whole prompt, cached ones included.
         prompt_ns: Time spent on the part of the prompt that was not cached.
         tokens: Generated, the end token included.
-        context: Tokens of prompt and answer, for /api/generate.
+        context: Tokens of prompt and answer, if they were wanted.
     """
 
     reason: str
