@@ -13,15 +13,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import os
 import threading
 import time
-import weakref
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, Literal, Self
 
 from langchain_aegis.errors import (
@@ -31,7 +27,9 @@ from langchain_aegis.errors import (
     AegisError,
     AegisOverloadedError,
 )
-from langchain_aegis.notices import warn_once
+from langchain_aegis.forks import reset_after_fork
+from langchain_aegis.tickets import State, Ticket, held_tickets
+from langchain_aegis.wakers import Waker
 
 MAX_CONCURRENCY = 4
 MAX_WAITING = 100
@@ -41,15 +39,6 @@ _FIRST_GUESS_S = 1.0  # a service time before any was measured
 _SMOOTHING = 0.2  # weight of the newest service time
 _LONGEST_RETRY_S = 60.0
 _DEAD_LOOP_CHECK_S = 1.0
-
-
-class _State(Enum):
-    WAITING = "waiting"
-    RUNNING = "running"
-    RIDING = "riding"  # inside a call that holds a slot of the same admission already
-    EXPIRED = "expired"
-    CLOSED = "closed"
-    LEFT = "left"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,158 +54,6 @@ class AdmissionStats:
     refused: int
     expired: int
     service_s: float | None  # smoothed time that a slot is held, in seconds
-
-
-class _Waker:
-    """Wakes one waiting thread, or one waiting coroutine of any event loop."""
-
-    __slots__ = ("_event", "_future", "_loop")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
-        self._loop = loop
-        self._future: asyncio.Future[None] | None = None if loop is None else loop.create_future()
-        self._event = threading.Event() if loop is None else None
-
-    def wake(self) -> None:
-        """Wake it; raises RuntimeError when its loop is closed."""
-        if self._event is not None:
-            self._event.set()
-        elif self._loop is not None:
-            if _running_loop() is self._loop:
-                self._resolve()
-            else:
-                self._loop.call_soon_threadsafe(self._resolve)
-
-    def _resolve(self) -> None:
-        if self._future is not None and not self._future.done():
-            self._future.set_result(None)
-
-    def wait(self, timeout_s: float | None) -> None:
-        if self._event is not None:
-            self._event.wait(timeout_s)
-
-    async def await_(self, timeout_s: float | None) -> None:
-        if self._loop is None or self._future is None:
-            return
-        timer = None if timeout_s is None else self._loop.call_later(timeout_s, self._resolve)
-        try:
-            await self._future
-        finally:
-            if timer is not None:
-                timer.cancel()
-
-
-class Ticket:
-    """One call's place: it waits, then runs, then has left. Made by `Admission.enter`; must be left."""
-
-    __slots__ = ("_admission", "_loop", "_overrun", "_started", "_state", "_waker", "bulk", "deadline")
-
-    def __init__(self, admission: Admission, state: _State, *, bulk: bool, deadline: float | None) -> None:
-        self._admission = admission
-        self._state = state
-        self._loop = _running_loop()
-        self._waker: _Waker | None = None
-        self._started: float | None = None
-        self._overrun = False
-        self.bulk = bulk
-        self.deadline = deadline
-
-    @property
-    def running(self) -> bool:
-        """Whether the call may run: it holds a slot, or is part of a call that holds one."""
-        return self._state is _State.RUNNING or self._state is _State.RIDING
-
-    def wait(self) -> None:
-        """Block this thread until the call may run.
-
-        In a thread whose event loop is running, waiting could last for ever, because the slots may be held by tasks
-        of that loop; the call then runs beyond the bound, with one warning.
-
-        Raises:
-            AegisDeadlineError: The deadline passed first; the call must not be started.
-            AegisClosedError: The admission was closed.
-        """
-        if self._state is _State.WAITING:
-            if _running_loop() is not None:
-                warn_once(
-                    "sync_call_in_event_loop",
-                    "a blocking call (invoke, stream, batch) was made inside a running event loop, which stops "
-                    "everything else in it; use the asynchronous one (ainvoke, astream, abatch)",
-                )
-                self._admission._overrun(self)
-            elif (waker := self._admission._register(self, None)) is not None:
-                try:
-                    waker.wait(self._remaining_s())
-                except BaseException:
-                    self.leave()
-                    raise
-        self._start()
-
-    async def await_(self) -> None:
-        """Suspend this coroutine until the call may run. Cancelling it gives the place, or the slot, to the next.
-
-        Raises:
-            AegisDeadlineError: The deadline passed first; the call must not be started.
-            AegisClosedError: The admission was closed.
-        """
-        if self._state is _State.WAITING:
-            loop = asyncio.get_running_loop()
-            if (waker := self._admission._register(self, loop)) is not None:
-                try:
-                    await waker.await_(self._remaining_s())
-                except BaseException:
-                    self.leave()
-                    raise
-        self._start()
-
-    def leave(self) -> None:
-        """Give the slot or the place back; later calls do nothing. Never blocks, safe in a finaliser."""
-        if self._state is not _State.LEFT:
-            self._admission._leave(self)
-
-    def held(self) -> _Held:
-        """Return a context in which calls to the same admission ride along instead of taking a second slot."""
-        return _Held(self)
-
-    def _remaining_s(self) -> float | None:
-        return None if self.deadline is None else max(0.0, self.deadline - self._admission._clock())
-
-    def _start(self) -> None:
-        state = self._state
-        if state is _State.RIDING:
-            return
-        now = self._admission._clock()
-        if state is _State.RUNNING and (self.deadline is None or now < self.deadline):
-            self._started = now
-            return
-        if state is _State.CLOSED:
-            self.leave()
-            raise AegisClosedError("the call was still waiting when its admission was closed")
-        if state is not _State.EXPIRED:
-            self._admission._count_expired()
-        self.leave()
-        raise AegisDeadlineError("the deadline passed while the call waited for a free slot; nothing was sent")
-
-
-class _Held:
-    """Marks the running code as part of a ticket's call."""
-
-    __slots__ = ("_ticket", "_token")
-
-    def __init__(self, ticket: Ticket) -> None:
-        self._ticket = ticket
-        self._token: Token[tuple[Ticket, ...]] | None = None
-
-    def __enter__(self) -> None:
-        self._token = _held.set((*_held.get(), self._ticket))
-
-    def __exit__(self, *_: object) -> None:
-        if self._token is not None:
-            with contextlib.suppress(ValueError):  # left in another context, which never had the mark
-                _held.reset(self._token)
-
-
-_held: ContextVar[tuple[Ticket, ...]] = ContextVar("aegis_held_tickets", default=())
 
 
 class Admission:
@@ -245,17 +82,17 @@ class Admission:
         self._closed = False
         self._served = self._refused = self._expired = 0
         self._service_s: float | None = None
-        self._reset()
-        _all.add(self)
+        self.reset()
+        reset_after_fork(self)
 
-    def _reset(self) -> None:
-        """Forget every call; in the child of a fork they are somebody else's."""
+    def reset(self) -> None:
+        """Forget every call: in the child of a fork they are somebody else's."""
         self._lock = threading.Lock()
         self._running: set[Ticket] = set()
         self._queue: OrderedDict[Ticket, None] = OrderedDict()
         self._counted = 0  # waiting calls that count against max_waiting
         self._gone: deque[Ticket] = deque()
-        self._idle: list[_Waker] = []
+        self._idle: list[Waker] = []
         self._next_purge = 0.0
 
     def __deepcopy__(self, memo: Any) -> Self:
@@ -296,9 +133,9 @@ class Admission:
         if deadline_s is not None:
             own = self._clock() + deadline_s
             deadline = own if deadline is None else min(own, deadline)
-        if (held := _held.get()) and any(t._admission is self and t.running for t in held):
-            return Ticket(self, _State.RIDING, bulk=False, deadline=deadline)
-        ticket = Ticket(self, _State.WAITING, bulk=wait == "queue", deadline=deadline)
+        if (held := held_tickets.get()) and any(t.admission is self and t.running for t in held):
+            return Ticket(self, State.RIDING, bulk=False, deadline=deadline)
+        ticket = Ticket(self, State.WAITING, bulk=wait == "queue", deadline=deadline)
         error: AegisError | None = None
         try:
             with self._lock:
@@ -308,7 +145,7 @@ class Admission:
                     self._expired += 1
                     error = AegisDeadlineError("the deadline had passed before the call was made; nothing was sent")
                 elif len(self._running) < self._max_concurrency or self._reclaimed():
-                    ticket._state = _State.RUNNING
+                    ticket.state = State.RUNNING
                     self._running.add(ticket)
                 elif ticket.bulk:
                     self._queue[ticket] = None
@@ -369,7 +206,7 @@ class Admission:
             self._queue.clear()
             self._counted = 0
             for ticket in waiting:
-                ticket._state = _State.CLOSED
+                ticket.state = State.CLOSED
         self._wake(waiting)
         self._settle()
 
@@ -423,10 +260,10 @@ class Admission:
         while self._queue and len(self._running) < self._max_concurrency:
             ticket = self._next()
             if ticket.deadline is not None and ticket.deadline <= self._clock():
-                ticket._state = _State.EXPIRED
+                ticket.state = State.EXPIRED
                 self._expired += 1
             else:
-                ticket._state = _State.RUNNING
+                ticket.state = State.RUNNING
                 self._running.add(ticket)
             woken.append(ticket)
         return woken
@@ -442,7 +279,7 @@ class Admission:
                 return  # its holder settles as soon as it lets go, and sees what was appended before
             try:
                 woken: list[Ticket] = []
-                idle: list[_Waker] = []
+                idle: list[Waker] = []
                 while self._gone:
                     woken += self._take_back(self._gone.popleft())
                 woken += self._grant()
@@ -457,23 +294,23 @@ class Admission:
 
     def _take_back(self, ticket: Ticket) -> list[Ticket]:
         """Remove a ticket from wherever it stands; locked. Returns it when somebody still waits for it."""
-        state, ticket._state = ticket._state, _State.LEFT
-        if state is _State.WAITING and ticket in self._queue:
+        state, ticket.state = ticket.state, State.LEFT
+        if state is State.WAITING and ticket in self._queue:
             del self._queue[ticket]
             self._counted -= not ticket.bulk
             return [ticket]
         if ticket in self._running:
             self._running.discard(ticket)
-            if ticket._started is not None:
+            if ticket.started is not None:
                 self._served += 1
-                took = self._clock() - ticket._started
+                took = self._clock() - ticket.started
                 old = self._service_s
                 self._service_s = took if old is None else old + _SMOOTHING * (took - old)
         return []
 
     def _wake(self, tickets: list[Ticket]) -> None:
         for ticket in tickets:
-            if (waker := ticket._waker) is not None:
+            if (waker := ticket.waker) is not None:
                 try:
                     waker.wake()
                 except RuntimeError:
@@ -481,24 +318,35 @@ class Admission:
         if self._gone:
             self._settle()
 
-    def _register(self, ticket: Ticket, loop: asyncio.AbstractEventLoop | None) -> _Waker | None:
+    def _register(self, ticket: Ticket, loop: asyncio.AbstractEventLoop | None) -> Waker | None:
         """Make the ticket's waker, unless there is nothing to wait for."""
-        waker = _Waker(loop)
+        waker = Waker(loop)
         with self._lock:
-            if waits := ticket._state is _State.WAITING:
-                ticket._waker = waker
-                ticket._loop = loop
+            if waits := ticket.state is State.WAITING:
+                ticket.waker = waker
+                ticket.loop = loop
         self._settle()
         return waker if waits else None
 
     def _overrun(self, ticket: Ticket) -> None:
         """Let a call run beyond the bound."""
         with self._lock:
-            if ticket._state is _State.WAITING:
+            if ticket.state is State.WAITING:
                 self._queue.pop(ticket, None)
                 self._counted -= not ticket.bulk
-                ticket._state = _State.RUNNING
+                ticket.state = State.RUNNING
                 self._running.add(ticket)
+        self._settle()
+
+    def _expire(self, ticket: Ticket) -> None:
+        """Take a waiting ticket out of the queue and tell whoever waits for it."""
+        with self._lock:
+            if waited := ticket.state is State.WAITING:
+                self._take_back(ticket)
+                ticket.state = State.EXPIRED
+                self._expired += 1
+        if waited:
+            self._wake([ticket])
         self._settle()
 
     def _count_expired(self) -> None:
@@ -508,7 +356,7 @@ class Admission:
 
     def _reclaimed(self) -> bool:
         """Take slots back from calls whose event loop was closed under them; locked."""
-        self._gone.extend([t for t in self._running if t._loop is not None and t._loop.is_closed()])
+        self._gone.extend([t for t in self._running if t.loop is not None and t.loop.is_closed()])
         if self._queue:
             return False  # settling gives what was taken back to those who wait already
         while self._gone:
@@ -521,7 +369,7 @@ class Admission:
         if now < self._next_purge:
             return False
         self._next_purge = now + _DEAD_LOOP_CHECK_S
-        for ticket in [t for t in self._queue if t._loop is not None and t._loop.is_closed()]:
+        for ticket in [t for t in self._queue if t.loop is not None and t.loop.is_closed()]:
             self._take_back(ticket)
         return self._counted < self._max_waiting
 
@@ -535,8 +383,8 @@ class Admission:
             retry_after_s=after_s,
         )
 
-    def _stop_admitting(self, loop: asyncio.AbstractEventLoop | None) -> _Waker | None:
-        waker = _Waker(loop)
+    def _stop_admitting(self, loop: asyncio.AbstractEventLoop | None) -> Waker | None:
+        waker = Waker(loop)
         with self._lock:
             self._closed = True
             if busy := bool(self._running or self._queue):
@@ -564,10 +412,10 @@ def admission_for(server: str, *, max_concurrency: int | None = None, max_waitin
         AegisConfigError: A bound is out of range.
     """
     check_bounds(max_concurrency=max_concurrency, max_waiting=max_waiting)
-    with _registry_lock:
-        shared = _registry.get(server)
+    with _registry.lock:
+        shared = _registry.servers.get(server)
         if shared is None or shared.admission.closed:
-            shared = _registry[server] = _Shared(Admission())
+            shared = _registry.servers[server] = _Shared(Admission())
         shared.max_concurrency = _smaller(shared.max_concurrency, max_concurrency)
         shared.max_waiting = _smaller(shared.max_waiting, max_waiting)
         shared.admission.limit(max_concurrency=shared.max_concurrency, max_waiting=shared.max_waiting)
@@ -600,9 +448,17 @@ class _Shared:
     max_waiting: int | None = None
 
 
-_all: weakref.WeakSet[Admission] = weakref.WeakSet()
-_registry: dict[str, _Shared] = {}
-_registry_lock = threading.Lock()
+class _Registry:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.servers: dict[str, _Shared] = {}
+        reset_after_fork(self)
+
+    def reset(self) -> None:
+        self.lock = threading.Lock()
+
+
+_registry = _Registry()
 
 
 def _smaller(old: int | None, new: int | None) -> int | None:
@@ -611,21 +467,3 @@ def _smaller(old: int | None, new: int | None) -> int | None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
-
-
-def _after_fork() -> None:
-    global _registry_lock
-    _registry_lock = threading.Lock()
-    for admission in list(_all):
-        admission._reset()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,143 @@
+"""One call's place among the calls of a server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from contextvars import ContextVar, Token
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from langchain_aegis.errors import AegisClosedError, AegisDeadlineError
+from langchain_aegis.notices import warn_once
+from langchain_aegis.wakers import Waker, running_loop
+
+if TYPE_CHECKING:
+    from langchain_aegis.admission import Admission
+
+
+class State(Enum):
+    """Where a ticket stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    RIDING = "riding"  # inside a call that holds a slot of the same admission already
+    EXPIRED = "expired"
+    CLOSED = "closed"
+    LEFT = "left"
+
+
+class Ticket:
+    """One call's place: it waits, then runs, then has left. Made by `Admission.enter`; must be left."""
+
+    __slots__ = ("admission", "bulk", "deadline", "loop", "started", "state", "waker")
+
+    def __init__(self, admission: Admission, state: State, *, bulk: bool, deadline: float | None) -> None:
+        self.admission = admission
+        self.state = state
+        self.loop = running_loop()
+        self.waker: Waker | None = None
+        self.started: float | None = None
+        self.bulk = bulk
+        self.deadline = deadline
+
+    @property
+    def running(self) -> bool:
+        """Whether the call may run: it holds a slot, or is part of a call that holds one."""
+        return self.state is State.RUNNING or self.state is State.RIDING
+
+    def wait(self) -> None:
+        """Block this thread until the call may run.
+
+        In a thread whose event loop is running, waiting could last for ever, because the slots may be held by tasks
+        of that loop; the call then runs beyond the bound, with one warning.
+
+        Raises:
+            AegisDeadlineError: The deadline passed first; the call must not be started.
+            AegisClosedError: The admission was closed.
+        """
+        if self.state is State.WAITING:
+            if running_loop() is not None:
+                warn_once(
+                    "sync_call_in_event_loop",
+                    "a blocking call (invoke, stream, batch) was made inside a running event loop, which stops "
+                    "everything else in it; use the asynchronous one (ainvoke, astream, abatch)",
+                )
+                self.admission._overrun(self)
+            elif (waker := self.admission._register(self, None)) is not None:
+                try:
+                    waker.wait(self._remaining_s())
+                except BaseException:
+                    self.leave()
+                    raise
+        self._start()
+
+    async def await_(self) -> None:
+        """Suspend this coroutine until the call may run. Cancelling it gives the place, or the slot, to the next.
+
+        Raises:
+            AegisDeadlineError: The deadline passed first; the call must not be started.
+            AegisClosedError: The admission was closed.
+        """
+        if self.state is State.WAITING:
+            loop = asyncio.get_running_loop()
+            if (waker := self.admission._register(self, loop)) is not None:
+                try:
+                    await waker.await_(self._remaining_s())
+                except BaseException:
+                    self.leave()
+                    raise
+        self._start()
+
+    def leave(self) -> None:
+        """Give the slot or the place back; later calls do nothing. Never blocks, safe in a finaliser."""
+        if self.state is not State.LEFT:
+            self.admission._leave(self)
+
+    def expire(self) -> None:
+        """End the wait of a call that nobody wants any more; one that runs already goes on."""
+        self.admission._expire(self)
+
+    def held(self) -> Held:
+        """Return a context in which calls to the same admission ride along instead of taking a second slot."""
+        return Held(self)
+
+    def _remaining_s(self) -> float | None:
+        return None if self.deadline is None else max(0.0, self.deadline - self.admission._clock())
+
+    def _start(self) -> None:
+        state = self.state
+        if state is State.RIDING:
+            return
+        now = self.admission._clock()
+        if state is State.RUNNING and (self.deadline is None or now < self.deadline):
+            self.started = now
+            return
+        if state is State.CLOSED:
+            self.leave()
+            raise AegisClosedError("the call was still waiting when its admission was closed")
+        if state is not State.EXPIRED:
+            self.admission._count_expired()
+        self.leave()
+        raise AegisDeadlineError("the deadline passed while the call waited for a free slot; nothing was sent")
+
+
+class Held:
+    """Marks the running code as part of a ticket's call."""
+
+    __slots__ = ("_ticket", "_token")
+
+    def __init__(self, ticket: Ticket) -> None:
+        self._ticket = ticket
+        self._token: Token[tuple[Ticket, ...]] | None = None
+
+    def __enter__(self) -> None:
+        self._token = held_tickets.set((*held_tickets.get(), self._ticket))
+
+    def __exit__(self, *_: object) -> None:
+        if self._token is not None:
+            with contextlib.suppress(ValueError):  # left in another context, which never had the mark
+                held_tickets.reset(self._token)
+
+
+held_tickets: ContextVar[tuple[Ticket, ...]] = ContextVar("aegis_held_tickets", default=())
