@@ -54,15 +54,17 @@ class Lexicon:
     tables: dict[str, Table]
     votes: dict[str, int]  # form -> bit per position in LANGUAGES
     related: dict[int, frozenset[int]]  # number of a form -> numbers of the forms that may stand for it
+    graded: frozenset[int]  # members of pairs of opposites
+    canonical: dict[int, int]  # number of a form -> the one that stands for it and its synonyms
     light: frozenset[int]
     category: frozenset[int]  # what a name may be introduced with
     implied: tuple[frozenset[int], ...]  # per question code: what its question word asks for already
-    particular: frozenset[int]  # members of exclusive sets
+    particular: dict[int, frozenset[int]]  # number of a member of exclusive sets -> the sets
     conflicts: frozenset[tuple[str, str]]
     questions: tuple[str, ...]  # codes of question words; a profile stores the position
     shapes: tuple[str, ...]
     groups: tuple[str, ...]  # names of the exclusive sets
-    yes_no: frozenset[str]
+    yes_no: dict[str, dict[str, str]]  # per language: first word -> question code
     separable: frozenset[str]
     not_prefixed: frozenset[str]
     symmetric: frozenset[str]
@@ -233,17 +235,24 @@ class _Builder:
             tables=self.tables,
             votes=_votes(languages["detect"]),
             related={number: frozenset(others - {number}) for number, others in self.related.items()},
+            graded=frozenset(
+                word.number for table in self.tables.values() for word in table.words.values() if word.opposites
+            ),
+            canonical={number: min(others) for number, others in self.related.items()},
             light=frozenset(light),
             category=frozenset(category),
             implied=tuple(implied.get(code, frozenset()) for code in questions),
-            particular=frozenset(
-                word.number for table in self.tables.values() for word in table.words.values() if word.exclusive
-            ),
+            particular={
+                word.number: frozenset(group for group, _ in word.exclusive)
+                for table in self.tables.values()
+                for word in table.words.values()
+                if word.exclusive
+            },
             conflicts=_conflicts(guards["question_words"]["conflicts"]),
             questions=questions,
             shapes=shapes,
             groups=groups,
-            yes_no=frozenset(guards["question_words"]["yes_no"].split()),
+            yes_no={language: _first_words(guards["question_words"], language) for language in self.tables},
             separable=frozenset(synonyms["phrases"]["separable"].split()),
             not_prefixed=frozenset(guards["negation"]["not_prefixed"].split()),
             symmetric=frozenset(direction["symmetric"].split()),
@@ -259,13 +268,17 @@ class _Builder:
                 word.soft_negation = True
 
     def _questions(self, data: dict[str, str]) -> tuple[str, ...]:
-        codes = ["command", "yes_no", "units"]
+        codes = ["command", "yes_no", "possible", "units"]
         for language in self.tables:
             for form, code in _pairs(data[language]):
                 for word in self._add([form], (language,)):
                     word.question, word.stop = code, True
                 if code not in codes:
                     codes.append(code)
+        for form in data["possible"].split():
+            if "_" in form:
+                for word in self._add([form]):
+                    word.question, word.stop = "possible", True
         return tuple(codes)
 
     def _numbers(self, data: dict[str, str]) -> None:
@@ -329,6 +342,11 @@ def _index(table: Table, language: str) -> None:
 
 def _pairs(text: str) -> list[tuple[str, str]]:
     return [(form, value) for form, _, value in (item.rpartition("=") for item in text.split())]
+
+
+def _first_words(data: dict[str, str], language: str) -> dict[str, str]:
+    possible = set(data["possible"].split())
+    return {form: "possible" if form in possible else "yes_no" for form in data[f"yes_no_{language}"].split()}
 
 
 def _votes(data: dict[str, str]) -> dict[str, int]:

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import combinations
 from typing import NamedTuple
 
 from langchain_aegis.lexicon import LANGUAGES, Lexicon, Table, Word, lexicon, stem
@@ -165,6 +166,8 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE,
 )
+# Of code and formulas, and pictures; not punctuation.
+_SYMBOL = re.compile(r"[=<>{}\[\]^|\\~+*]|[^\w\s\x00-\x7f’‘‚“”„–—−…°€£¥₹§¿¡«»·•´]")
 _NUMBER = re.compile(r"(\d+(?:[.,:/]\d+)*)(.*)", re.DOTALL)
 _GROUPED = re.compile(r"\d{1,3}(?:[.,]\d{3})+")
 _INITIALS = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")
@@ -304,8 +307,10 @@ class _Reader:
         self.source = self.target = -1
         self.pending = ""  # "from" or "to": what the next term is
         self.converts = False
-        if rest:
-            self._add(_digest(rest, key), self.identifiers)
+        symbols = "".join(_SYMBOL.findall(text))
+        for extra in (rest, symbols):
+            if extra:
+                self._add(_digest(extra, key), self.identifiers)
 
     def read(self) -> Profile:
         """Return the profile."""
@@ -420,8 +425,8 @@ class _Reader:
                 self._add(_digest(form.stem, self.key), self.identifiers)
             return
         if word is not None:
-            if at == 0 and form.low in lexicon().yes_no:
-                self.question = "yes_no"
+            if at == 0:
+                self.question = lexicon().yes_no[self.tongue].get(form.low, "")
             letter = len(form.low) == 1 and self.capitals[at] and at and form.low != "i"
             if not letter:
                 if len(form.low) > 4 and word.number and not word.stop:
@@ -557,7 +562,7 @@ def compare(cached: Profile, new: Profile, *, off: frozenset[str] = frozenset())
         -1 != cached.source == new.target or -1 != cached.target == new.source
     ):
         found.append("direction")
-    elif cached.order != new.order and _swapped(cached, new):
+    elif cached.order != new.order and _swapped(cached, new, known):
         found.append("order")
     if cached.shape != new.shape:
         found.append("shape")
@@ -576,19 +581,37 @@ def _numbers_differ(cached: Profile, new: Profile) -> bool:
     return bool((left | right) - cached.weak_numbers - new.weak_numbers)
 
 
-def _swapped(cached: Profile, new: Profile) -> bool:
-    """Return whether the same terms stand in an order that swaps two of them ("does A call B", "does B call A")."""
-    left, right = cached.order, new.order
-    if len(left) != len(right) or cached.terms != new.terms or (cached.flags ^ new.flags) & _PASSIVE:
+def _swapped(cached: Profile, new: Profile, known: Lexicon) -> bool:
+    """Return whether two things change places ("does A call B", "does B call A")."""
+    left, right = (_canonical_order(one, known) for one in (cached, new))
+    if (
+        left == right
+        or len(left) != len(right)
+        or sorted(left) != sorted(right)
+        or (cached.flags ^ new.flags) & _PASSIVE
+    ):
         return False
     differ = [at for at in range(len(left)) if left[at] != right[at]]
-    if len(differ) != 2 or left[differ[0]] != right[differ[1]]:
+    if len(differ) == 2 and differ[1] > differ[0] + 1:
+        # "The largest table of the base", "which table is largest": a quality may stand anywhere.
+        return cached.question == new.question and known.graded.isdisjoint((left[differ[0]], left[differ[1]]))
+    # Neighbours change places without harm ("apology letter", "letter of apology"), and so does a part of the sentence
+    # that moves to its front, unless that turns round two names or two of a kind.
+    if (cached.flags | new.flags) & _SYMMETRIC:
         return False
-    if differ[1] > differ[0] + 1:
-        return cached.question == new.question
-    # Neighbours swap without harm ("apology letter", "letter of apology"), unless both are particular things.
-    things = cached.names | cached.identifiers | lexicon().particular
-    return not (cached.flags | new.flags) & _SYMMETRIC and left[differ[0]] in things and left[differ[1]] in things
+    things = {term for term in left if term in cached.names or term in cached.identifiers}
+    if [term for term in left if term in things] != [term for term in right if term in things]:
+        return True
+    groups = {term: known.particular[term] for term in left if term in known.particular}
+    return any(
+        groups[one] & groups[other] and (left.index(one) < left.index(other)) != (right.index(one) < right.index(other))
+        for one, other in combinations(groups, 2)
+    )
+
+
+def _canonical_order(one: Profile, known: Lexicon) -> list[int]:
+    """Return the terms in their order, every word replaced by one that stands for all of its meaning."""
+    return [term if term & _DIGEST else known.canonical[term] for term in one.order]
 
 
 def _wording(cached: Profile, new: Profile) -> list[str]:
