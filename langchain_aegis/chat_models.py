@@ -22,16 +22,15 @@ from ollama import Tool
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, model_validator
 
 from langchain_aegis.answers import Whole, read_chunk, read_result
-from langchain_aegis.attempts import Timeouts
-from langchain_aegis.client import OllamaClient, shared_client
+from langchain_aegis.client import OllamaClient
+from langchain_aegis.endpoint import Endpoint
 from langchain_aegis.errors import (
     AegisConfigError,
     AegisContextOverflowError,
-    AegisModelNotFoundError,
     AegisOptionError,
 )
 from langchain_aegis.hits import CachedChat
-from langchain_aegis.identity import llm_string, normalise_model
+from langchain_aegis.identity import llm_string
 from langchain_aegis.notices import logger
 from langchain_aegis.options import (
     ALIASES,
@@ -41,8 +40,8 @@ from langchain_aegis.options import (
     check_model,
     check_names,
     check_stop,
-    check_timeout,
     merge,
+    option_error,
     resolve_aliases,
 )
 from langchain_aegis.replays import StreamEntry, as_chunks
@@ -104,10 +103,8 @@ class ChatAegis(CachedChat):
     sync_client_kwargs: dict[str, Any] | None = Field(default={}, exclude=True, repr=False)
     async_client_kwargs: dict[str, Any] | None = Field(default={}, exclude=True, repr=False)
 
-    _timeouts: Timeouts = PrivateAttr()
+    _endpoint: Endpoint = PrivateAttr()
     _default_keep_alive: str = PrivateAttr()
-    _headers: dict[str, str] = PrivateAttr(default_factory=dict)
-    _own_server: OllamaClient | None = PrivateAttr(default=None)
 
     def __init__(self, model: str | None = None, **arguments: Any) -> None:
         check_names(arguments, {*type(self).model_fields, *ALIASES}, f"argument of {type(self).__name__}:")
@@ -123,8 +120,7 @@ class ChatAegis(CachedChat):
         try:
             super().__init__(model=check_model(model), **values)
         except ValidationError as exc:
-            faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in exc.errors())
-            raise AegisOptionError(f"{type(self).__name__}: {'; '.join(faults)}") from exc
+            raise option_error(type(self).__name__, exc) from exc
 
     @model_validator(mode="after")
     def _set_clients(self) -> Self:
@@ -138,41 +134,20 @@ class ChatAegis(CachedChat):
         if self.keep_alive is not None:
             check_keep_alive(self.keep_alive)
         settings = AegisSettings.from_env()
-        shared = dict(self.client_kwargs or {})
-        sync_options, async_options = (
-            {**shared, **(own or {})} for own in (self.sync_client_kwargs, self.async_client_kwargs)
-        )
-        self._headers = dict(shared.get("headers") or {})
-        if self.api_key is not None and not any(name.lower() == "authorization" for name in self._headers):
-            self._headers["authorization"] = f"Bearer {self.api_key.get_secret_value()}"
-        self._timeouts = Timeouts.of(settings)
-        if "timeout" in shared:
-            self._timeouts = self._timeouts.like(shared["timeout"])
-        if self.timeout is not None:
-            self._timeouts = self._timeouts.within(check_timeout(self.timeout))
         self._default_keep_alive = settings.keep_alive
-        for options in (sync_options, async_options):
-            options.pop("timeout", None)
-            if options.get("headers") == shared.get("headers"):
-                options.pop("headers", None)
-        if sync_options or async_options:  # what httpx gets then, nobody else shares
-            self._own_server = OllamaClient(
-                self.base_url or settings.ollama_base_url,
-                headers=self._headers,
-                sync_options=sync_options,
-                async_options=async_options,
-            )
+        self._endpoint = Endpoint.of(
+            self.base_url or settings.ollama_base_url,
+            settings,
+            api_key=self.api_key.get_secret_value() if self.api_key else None,
+            timeout=self.timeout,
+            retries=self.max_retries,
+            client_kwargs=self.client_kwargs,
+            sync_client_kwargs=self.sync_client_kwargs,
+            async_client_kwargs=self.async_client_kwargs,
+        )
         if self.validate_model_on_init:
-            self._check_model_exists()
+            self._endpoint.check_has(self.model)
         return self
-
-    def _check_model_exists(self) -> None:
-        names = [str(each.get("model") or each.get("name")) for each in self._server.tags(timeouts=self._timeouts)]
-        if normalise_model(self.model) not in names and not any(name.startswith(f"{self.model}:") for name in names):
-            raise AegisModelNotFoundError(
-                f"the server does not have the model {self.model!r}; run `ollama pull {self.model}` there. It has:"
-                f" {', '.join(names) or 'none'}"
-            )
 
     # -- what LangChain asks about the model --
 
@@ -346,24 +321,24 @@ class ChatAegis(CachedChat):
 
     @property
     def _server(self) -> OllamaClient:
-        return self._own_server or shared_client(self.base_url or AegisSettings().ollama_base_url, self._headers)
+        return self._endpoint.client(self.base_url)
 
     def _ask(self, call: Call, body: dict[str, Any]) -> dict[str, Any]:
-        bounds = self._bounds(call)
+        bounds = self._endpoint.bounds(call.timeout_s)
         try:
             return self._server.chat(body, **bounds)
         except AegisContextOverflowError as exc:
             return self._server.chat(self._cut(body, exc), **bounds)
 
     async def _aask(self, call: Call, body: dict[str, Any]) -> dict[str, Any]:
-        bounds = self._bounds(call)
+        bounds = self._endpoint.bounds(call.timeout_s)
         try:
             return await self._server.achat(body, **bounds)
         except AegisContextOverflowError as exc:
             return await self._server.achat(self._cut(body, exc), **bounds)
 
     def _ask_stream(self, call: Call, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
-        bounds, begun = self._bounds(call), False
+        bounds, begun = self._endpoint.bounds(call.timeout_s), False
         try:
             for part in self._server.chat_stream(body, **bounds):
                 begun = True
@@ -374,7 +349,7 @@ class ChatAegis(CachedChat):
             yield from self._server.chat_stream(self._cut(body, exc), **bounds)
 
     async def _aask_stream(self, call: Call, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        bounds, begun = self._bounds(call), False
+        bounds, begun = self._endpoint.bounds(call.timeout_s), False
         try:
             async with contextlib.aclosing(self._server.achat_stream(body, **bounds)) as parts:
                 async for part in parts:
@@ -386,9 +361,6 @@ class ChatAegis(CachedChat):
             async with contextlib.aclosing(self._server.achat_stream(self._cut(body, exc), **bounds)) as parts:
                 async for part in parts:
                     yield part
-
-    def _bounds(self, call: Call) -> dict[str, Any]:
-        return {"timeouts": self._timeouts.within(call.timeout_s), "retries": self.max_retries or 0}
 
     def _cut(self, body: dict[str, Any], refusal: AegisContextOverflowError) -> dict[str, Any]:
         """Return the request that lets the server cut the prompt, or raise `refusal` where that is not wanted."""

@@ -31,6 +31,7 @@ from langchain_aegis.settings import normalise_base_url
 
 _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=32, keepalive_expiry=15)
 _MAX_ERROR_BYTES = 65_536
+_MAX_PARSED_IN_LOOP_BYTES = 200_000  # about 1 ms
 _MAX_SHARED = 32
 _DRAIN_S = 1.0
 
@@ -236,7 +237,10 @@ class OllamaClient:
         self, body: Mapping[str, Any], *, timeouts: Timeouts | None = None, retries: int = 0
     ) -> dict[str, Any]:
         """Return the answer to a `/api/embed` request."""
-        return parse_object(await self._apost("/api/embed", body, timeouts, retries))
+        answer = await self._apost("/api/embed", body, timeouts, retries)
+        if len(answer) > _MAX_PARSED_IN_LOOP_BYTES:
+            return await asyncio.to_thread(parse_object, answer)
+        return parse_object(answer)
 
     def version(self, *, timeouts: Timeouts | None = None) -> str:
         """Return the server's version, "" if it names none."""

@@ -73,7 +73,7 @@ class CachedChat(ChatOllama):
     def _replay_v2_events_for_cache_hit(
         self, generations: list[ChatGeneration], *, run_manager: CallbackManagerForLLMRun | None, **kwargs: Any
     ) -> None:
-        messages = freshen(generations, _message_id(run_manager))
+        messages = freshen(generations, _message_id(run_manager), self.output_version)
         if run_manager is None:
             return
         told = {"async_api": False, "run_manager": run_manager, **kwargs}
@@ -89,7 +89,7 @@ class CachedChat(ChatOllama):
     async def _areplay_v2_events_for_cache_hit(
         self, generations: list[ChatGeneration], *, run_manager: AsyncCallbackManagerForLLMRun | None, **kwargs: Any
     ) -> None:
-        messages = freshen(generations, _message_id(run_manager))
+        messages = freshen(generations, _message_id(run_manager), self.output_version)
         if run_manager is None:
             return
         told = {"async_api": True, "run_manager": run_manager, **kwargs}

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
+
 from langchain_aegis.errors import AegisOptionError
 from langchain_aegis.identity import identify
 
@@ -224,6 +226,12 @@ def check_keep_alive(keep_alive: Any) -> float | str:
     if isinstance(keep_alive, bool) or not isinstance(keep_alive, (int, float)) or not math.isfinite(keep_alive):
         raise AegisOptionError(f'keep_alive must be seconds or a duration such as "30m", got {keep_alive!r}')
     return int(keep_alive) if float(keep_alive).is_integer() else keep_alive
+
+
+def option_error(name: str, exc: ValidationError) -> AegisOptionError:
+    """Return what pydantic found wrong with a constructor's arguments, without their values."""
+    faults = (f"{'.'.join(map(str, fault['loc'])) or 'arguments'}: {fault['msg']}" for fault in exc.errors())
+    return AegisOptionError(f"{name}: {'; '.join(faults)}")
 
 
 def _but(call: Call, **changes: Any) -> Call:

@@ -95,22 +95,18 @@ class StreamEntry:
             _failed(exc)
 
 
-def freshen(generations: list[ChatGeneration], message_id: str) -> list[AIMessage]:
+def freshen(generations: list[ChatGeneration], message_id: str, output_version: str | None) -> list[AIMessage]:
     """Replace cached generations, in place, by ones of this call's own; return their messages.
 
     They share nothing with the cache, have a new id (with the old one a graph's state would replace an earlier
-    message) and complete usage (consumers of events require it).
+    message), complete usage (consumers of events require it), and content in the form that the model gives.
     """
     messages = []
     for index, generation in enumerate(generations):
         if isinstance(generation.message, AIMessage):
-            message = generation.message.model_copy(
-                deep=True,
-                update={
-                    "id": f"{message_id}-{index}" if index else message_id,
-                    "usage_metadata": complete_usage(generation.message.usage_metadata),
-                },
-            )
+            message = _own(generation.message, f"{message_id}-{index}" if index else message_id)
+            if output_version != "v1":
+                message = _plain(message)
             generations[index] = generation.model_copy(update={"message": message})
             messages.append(message)
     return messages
@@ -144,7 +140,7 @@ def as_chunks(message: AIMessage, *, output_version: str | None = None) -> list[
             tool_calls=message.tool_calls,
             invalid_tool_calls=message.invalid_tool_calls,
             usage_metadata=UsageMetadata(**usage),  # type: ignore[typeddict-item] # a cache may add fields
-            response_metadata={k: v for k, v in message.response_metadata.items() if k != "output_version"},
+            response_metadata=message.response_metadata,
             chunk_position="last",
         )
     )
@@ -168,6 +164,31 @@ def _as_blocks(chunks: Sequence[AIMessageChunk]) -> list[AIMessageChunk]:
     return converted
 
 
+def _own(message: AIMessage, message_id: str | None) -> AIMessage:
+    return message.model_copy(
+        deep=True, update={"id": message_id, "usage_metadata": complete_usage(message.usage_metadata)}
+    )
+
+
+def _plain(message: AIMessage) -> AIMessage:
+    """Return a message whose content is a text, as Ollama's answers are.
+
+    A call with a handler of v3 events stores a list of blocks, whatever the model's `output_version`.
+    """
+    if isinstance(message.content, str) or message.response_metadata.get("output_version") != "v1":
+        return message
+    thought = "".join(b.get("reasoning", "") for b in message.content_blocks if b["type"] == "reasoning")
+    extra = {"reasoning_content": thought} if thought else {}
+    metadata = {name: value for name, value in message.response_metadata.items() if name != "output_version"}
+    return message.model_copy(
+        update={
+            "content": str(message.text),
+            "additional_kwargs": {**extra, **message.additional_kwargs},
+            "response_metadata": metadata,
+        }
+    )
+
+
 def _first(found: object) -> AIMessage | None:
     # As in LangChain, only a list is a hit; a plain text counts as a message.
     if not isinstance(found, list) or not found:
@@ -175,7 +196,7 @@ def _first(found: object) -> AIMessage | None:
     message = getattr(found[0], "message", None)
     if message is None and isinstance(text := getattr(found[0], "text", None), str):
         return AIMessage(content=text)
-    return message.model_copy(deep=True) if isinstance(message, AIMessage) else None
+    return _plain(_own(message, None)) if isinstance(message, AIMessage) else None
 
 
 def _failed(exc: Exception) -> None:

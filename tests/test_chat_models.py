@@ -535,7 +535,7 @@ def test_further_arguments_of_httpx_reach_it(server):
                       client_kwargs={"timeout": 5})  # fmt: skip
     assert model.invoke(QUESTION).text
     assert len(seen) == 1
-    assert model._timeouts.read_s == 5
+    assert model._endpoint.timeouts.read_s == 5
 
 
 def test_configurable_fields_and_bindings_work(server, model):

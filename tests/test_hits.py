@@ -135,7 +135,9 @@ def test_streams_and_invokes_share_one_entry(server, cache, model, way):
 def test_an_invoke_warms_a_stream(server, model, way):
     """The other way round."""
     answer = ask(model, way)
-    check_replay(stream(model, way), answer)
+    chunks = stream(model, way)
+    check_replay(chunks, answer)
+    assert chunks[0].id != answer.id
     assert server.routes["/api/chat"] == 1
 
 
@@ -227,6 +229,21 @@ def test_the_newest_content_format_is_kept(server, cache, way):
     for chunk in warm[1:]:
         whole += chunk
     assert [block["type"] for block in whole.content] == ["text"]
+
+
+def test_an_answer_stored_as_blocks_comes_back_as_text(server, cache, way):
+    """A graph read through v3 events stores blocks; an invoke, or a stream, gives what it gives without a cache."""
+    model = ChatAegis("thinker", base_url=server.base_url, temperature=0, reasoning=True, cache=cache)
+    graph_of(model).stream_events({"messages": []}, version="v3").output  # noqa: B018 (consumes it)
+    stored = cache._cache[cache.updates[0]][0].message
+    assert isinstance(stored.content, list)
+    hit = ask(model, way, [HumanMessage(QUESTION)])
+    fresh = ask(model.model_copy(update={"cache": False}), way, [HumanMessage(QUESTION)])
+    assert (hit.content, hit.additional_kwargs) == (fresh.content, fresh.additional_kwargs)
+    assert set(hit.response_metadata) == set(fresh.response_metadata)
+    chunks = stream(model, way, [HumanMessage(QUESTION)])
+    assert all(isinstance(chunk.content, str) for chunk in chunks)
+    assert joined(chunks) == fresh.content
 
 
 # -- whose call it is --
