@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 from pathlib import Path
+from urllib.parse import quote
 
 import jsonschema
 import pytest
@@ -206,6 +207,29 @@ def test_the_user_reaches_its_own_names_only(client):
     ):  # fmt: skip
         with pytest.raises(redis.ResponseError, match=r"(?i)permission|NOPERM|ACL"):
             client.execute_command(*denied)
+
+
+def refusals(client):
+    return sum(stats["rejected_calls"] for stats in client.info("commandstats").values())
+
+
+def test_the_cache_works_with_the_rights_of_that_user(container, client):
+    """Store, exact hit, search, invalidation and clear: Redis refuses no command."""
+    from langchain_core.embeddings import DeterministicFakeEmbedding
+
+    from langchain_aegis.cache import AegisSemanticCache
+
+    before = refusals(client)
+    url = f"redis://aegis:{quote(PASSWORD, safe='')}@127.0.0.1:{container[1]}"
+    with AegisSemanticCache(url, DeterministicFakeEmbedding(size=384), op_budget_s=10, embed_budget_s=10) as cache:
+        for question in ("What is the capital of France?", "What is the capital of Spain?") * 2:
+            cache.get_or_generate(question, lambda: "an answer", pipeline="p", sources=["a.md"])
+        assert (cache.stats().exact_hits, cache.stats().stored) == (2, 2)
+        assert [n.startswith("aegis:{p00}:idx:") for n in client.execute_command("FT._LIST")] == [True]
+        assert client.info("commandstats")["cmdstat_FT.SEARCH"]["calls"] > 0
+        assert cache.invalidate(sources=["a.md"]) == 2
+        cache.clear()
+    assert refusals(client) == before
 
 
 def test_it_is_bounded_and_forgets_only_what_may_be_forgotten(client):

@@ -1,0 +1,251 @@
+"""The command line: fast help, one line per error, JSON alone on stdout, exit codes that mean something."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import types
+import uuid
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import langchain_aegis
+from langchain_aegis import cli
+from langchain_aegis.errors import AegisConfigError, AegisConnectionError
+
+HELP = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
+
+
+def aegis(*arguments, command=(sys.executable, "-m", "langchain_aegis"), **environment):
+    done = subprocess.run(
+        [*command, *map(str, arguments)], env=os.environ | HELP | environment, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_version_is_the_packages():
+    assert aegis("--version") == (0, f"{langchain_aegis.__version__}\n", "")
+
+
+def test_the_installed_command_is_the_same():
+    script = Path(sys.executable).with_name("aegis")
+    assert aegis("--version", command=[script])[:2] == (0, f"{langchain_aegis.__version__}\n")
+
+
+def test_help_names_the_commands_and_loads_no_library():
+    code = (
+        "import sys\nfrom langchain_aegis.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    )
+    exit_code, out, err = aegis("--help", command=[sys.executable, "-c", code])
+    assert exit_code == 0
+    assert all(word in out for word in ("demo", "doctor", "cache"))
+    assert not {"langchain_core", "redis", "httpx", "langchain_ollama", "yaml"} & set(err.split())
+
+
+def test_every_command_explains_itself():
+    def walk(command, path):
+        assert command.help, path
+        for parameter in command.params:
+            if parameter.param_type_name == "option":
+                assert parameter.help, f"{path} {parameter.name}"
+        for name, child in getattr(command, "commands", {}).items():
+            walk(child, f"{path} {name}")
+
+    import typer
+
+    walk(typer.main.get_command(cli.app), "aegis")
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """Run the command in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments, **environment):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["aegis", *map(str, arguments)])
+            for name, value in (HELP | environment).items():
+                patch.setenv(name, value)
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        told = capsys.readouterr()
+        return ended.value.code or 0, told.out, told.err
+
+    return run
+
+
+def test_without_a_command_the_help_is_shown(main):
+    exit_code, out, err = main()
+    assert exit_code == 2
+    assert "Usage" in out + err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "says"),
+    [
+        (["doctor"], {"AEGIS_TTL_S": "soon"}, "AEGIS_TTL_S"),
+        (["doctor", "--ollama-url", "ftp://x"], {}, "address"),
+        (["cache", "invalidate"], {}, "sources"),
+        (["cache", "clear", "--yes", "--redis-url", "http://x"], {}, "redis_url"),
+        (["cache", "clear", "--yes", "--redis-url", "redis://127.0.0.1:9"], {}, "Redis"),
+    ],
+)
+def test_an_error_is_one_line_on_stderr_and_exit_code_2(main, arguments, variables, says):
+    exit_code, out, err = main(*arguments, **variables)
+    assert (exit_code, out) == (2, "")
+    line = err.splitlines()[-1]
+    assert line.startswith("aegis: ") and says in line
+    assert "Traceback" not in err
+
+
+def test_debugging_shows_where_an_error_came_from(main):
+    with pytest.raises(AegisConfigError):
+        main("doctor", AEGIS_TTL_S="soon", AEGIS_DEBUG="1")
+    assert main("doctor", AEGIS_TTL_S="soon", AEGIS_DEBUG="0")[0] == 2
+
+
+def test_a_wrong_option_is_a_usage_error(main):
+    exit_code, out, err = main("doctor", "--no-such-option")
+    assert (exit_code, out) == (2, "")
+    assert "--no-such-option" in err
+
+
+@pytest.fixture
+def demo(monkeypatch):
+    """A stand-in for the demo that notes its options; its result can be set."""
+    seen = {}
+    module = types.ModuleType("langchain_aegis.demo.run")
+
+    def run_demo(**options):
+        seen.update(options)
+        if isinstance(seen.get("result"), Exception):
+            raise seen["result"]
+        return seen.get("result", 0)
+
+    module.run_demo = run_demo
+    monkeypatch.setitem(sys.modules, "langchain_aegis.demo", types.ModuleType("langchain_aegis.demo"))
+    monkeypatch.setitem(sys.modules, "langchain_aegis.demo.run", module)
+    return seen
+
+
+def test_the_demo_gets_every_option_and_gives_the_exit_code(demo, tmp_path):
+    (tmp_path / "q.jsonl").write_text("")
+    arguments = ["--model", "m", "--redis-url", "redis://r", "--ollama-url", "http://o", "--no-guards", "--json",
+                 "--documents", str(tmp_path), "--questions", str(tmp_path / "q.jsonl")]  # fmt: skip
+    demo["result"] = 1
+    done = CliRunner().invoke(cli.app, ["demo", *arguments])
+    assert done.exit_code == 1
+    del demo["result"]
+    assert demo == {
+        "model": "m", "redis_url": "redis://r", "ollama_url": "http://o", "no_guards": True, "json": True,
+        "documents": tmp_path, "questions": tmp_path / "q.jsonl",
+    }  # fmt: skip
+
+
+def test_the_demo_is_run_with_its_defaults(demo):
+    assert CliRunner().invoke(cli.app, ["demo"]).exit_code == 0
+    assert not any(demo.values())
+
+
+def test_a_stack_that_does_not_start_is_one_line(demo, main):
+    demo["result"] = AegisConnectionError("no server:\n  nowhere")
+    assert main("demo") == (2, "", "aegis: no server: nowhere\n")
+
+
+def test_an_error_that_is_not_ours_is_not_hidden(demo, main):
+    demo["result"] = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        main("demo")
+
+
+@pytest.mark.parametrize("option", ["--documents", "--questions"])
+def test_files_of_the_demo_must_exist(demo, option):
+    done = CliRunner().invoke(cli.app, ["demo", option, "/no/such/place"])
+    assert done.exit_code == 2
+    assert not demo
+
+
+# -- The cache ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(redis_url):
+    """A cache with two answers, in a namespace that the commands are told."""
+    from langchain_aegis import AegisSemanticCache, aegis_scope
+
+    namespace = f"cli-{uuid.uuid4().hex[:8]}"
+    with AegisSemanticCache(redis_url, namespace=namespace, op_budget_s=10) as cache:
+        for tenant, source in (("a", "one.md"), ("b", "two.md")):
+            with aegis_scope(tenant=tenant):
+                cache.get_or_generate("What is one?", lambda: "1", pipeline="p", sources=[source])
+        assert cache.stats().stored == 2
+        yield cache
+        cache.clear()
+
+
+@pytest.fixture
+def on(cache, main):
+    """Run a command on the namespace of `cache`."""
+
+    def run(*arguments):
+        return main(
+            "cache", *arguments, "--redis-url", cache.settings.redis_url, "--namespace", cache.settings.namespace
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--source", "one.md"], ["--tenant", "a"], ["--source", "one.md", "--tenant", "a"]]
+)
+def test_invalidating_removes_the_answers_named(on, arguments):
+    assert on("invalidate", *arguments) == (0, "1 removed\n", "")
+    assert on("invalidate", *arguments) == (0, "0 removed\n", "")
+
+
+def test_clearing_asks_unless_told_not_to(cache, on, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    exit_code, out, err = on("clear")
+    assert (exit_code, out.strip()) == (1, "")
+    assert cache.settings.namespace in err
+    assert on("clear", "--yes") == (0, f"cleared {cache.settings.namespace}\n", "")
+    assert cache.invalidate(tenant="b") == 0
+
+
+def test_stats_are_printed_as_a_table_or_as_json(on):
+    exit_code, out, _ = on("stats", "--json")
+    assert (exit_code, json.loads(out)["misses"]) == (0, 0)
+    exit_code, out, _ = on("stats")
+    assert exit_code == 0
+    assert "misses" in out
+
+
+def test_judging_two_questions_says_why_not(monkeypatch):
+    """The exit code says whether the answer would be served."""
+    from langchain_aegis.embedded import MiniLMEmbeddings
+
+    monkeypatch.setattr(cli, "_cache", lambda *_: langchain_aegis.AegisSemanticCache(embeddings=MiniLMEmbeddings()))
+    runner = CliRunner()
+    question = "How many users may the basic plan have?"
+    served = runner.invoke(cli.app, ["cache", "judge", question, question, "--json"])
+    assert (served.exit_code, json.loads(served.stdout)["served"]) == (0, True)
+    refused = runner.invoke(cli.app, ["cache", "judge", question, question.replace("may", "may not"), "--json"])
+    verdict = json.loads(refused.stdout)
+    assert (refused.exit_code, verdict["served"]) == (1, False)
+    assert verdict["reasons"]
+    plain = runner.invoke(cli.app, ["cache", "judge", question, "What does the pro plan cost?"])
+    assert plain.exit_code == 1
+    assert plain.stdout.startswith("not served, similarity 0.")
+
+
+def test_judging_without_an_embedder_is_an_error(main):
+    exit_code, out, err = main("cache", "judge", "a?", "b?", OLLAMA_BASE_URL="http://127.0.0.1:9")
+    assert (exit_code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("aegis: ")
+
+
+def test_the_errors_that_the_command_knows_are_the_packages():
+    assert issubclass(AegisConfigError, langchain_aegis.AegisError)
