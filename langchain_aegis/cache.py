@@ -360,6 +360,11 @@ class AegisSemanticCache(BaseCache):
         """Like `judge`."""
         return await asyncio.to_thread(self.judge, cached_question, new_question)
 
+    @property
+    def min_similarity(self) -> float:
+        """Lowest cosine that is served: as given, else calibrated for the embedder and the mode."""
+        return self._engine.min_similarity()[1]
+
     def stats(self) -> CacheStats:
         """Return what this cache has done in this process."""
         counts = self._engine.counts

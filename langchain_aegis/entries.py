@@ -218,6 +218,7 @@ def _message_fields(message: AIMessage) -> dict[str, Any]:
         "metadata": {k: v for k, v in message.response_metadata.items() if k in _KEPT_METADATA},
         "extra": message.additional_kwargs,
         "name": message.name,
+        "took_ns": message.response_metadata.get("total_duration"),
     }
 
 
@@ -233,6 +234,8 @@ def _revived_message(item: dict[str, Any], marks: Mapping[str, Any] | None) -> A
     metadata = dict(item["metadata"])
     if marks is not None:
         metadata["aegis_cache"] = dict(marks)
+        if isinstance(took_ns := item.get("took_ns"), int):
+            metadata["aegis_cache"]["generation_s"] = round(took_ns / 1e9, 3)
     return AIMessage(
         content=item["content"],
         # A new id per hit: with the old one, LangGraph's add_messages would replace the earlier message.

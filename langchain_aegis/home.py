@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 import tempfile
 from pathlib import Path
 
@@ -84,6 +85,8 @@ def _private(path: Path) -> Path:
         status = path.stat()
         if status.st_uid != os.getuid():
             raise PermissionError(f"{path} belongs to another user")
+        if status.st_mode & stat.S_ISVTX:  # /tmp and the like: for root, the next line would close it to everybody
+            raise PermissionError(f"{path} is shared by all users; name a directory inside it")
         if status.st_mode & 0o077:
             path.chmod(0o700)
     if not os.access(path, os.W_OK | os.X_OK):

@@ -6,7 +6,9 @@ response metadata and timings are dropped, tool-call ids are renumbered; text is
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ _MESSAGES_PREFIX = '[{"lc": 1, "type": "constructor", "id": ["langchain", "schem
 
 # Copies of fields that stand elsewhere in the message, with ids that differ between runs.
 _DROPPED_KWARGS = frozenset({"tool_calls"})
+_LONG_NUMBER = re.compile(r"\d{19}")
 _INERT_BLOCKS = frozenset({"text", "tool_call", "tool_use", "reasoning", "thinking"})
 
 
@@ -69,11 +72,16 @@ def parse_prompt(prompt: str) -> tuple[Message, ...] | None:
 
 
 def loads(data: str | bytes) -> Any:
-    """Parse JSON; lone surrogates, which orjson refuses, included. Raises ValueError or RecursionError."""
-    try:
-        return orjson.loads(data)
-    except orjson.JSONDecodeError:
-        return json.loads(data)
+    """Parse JSON exactly. Raises ValueError or RecursionError.
+
+    Lone surrogates, which orjson refuses, and whole numbers beyond 64 bits, of which it makes floats, are read by the
+    standard library.
+    """
+    text = data.decode("utf-8", "surrogatepass") if isinstance(data, bytes) else data
+    if _LONG_NUMBER.search(text) is None:
+        with contextlib.suppress(orjson.JSONDecodeError):
+            return orjson.loads(text)
+    return json.loads(text)
 
 
 def dumps(value: Any, *, sort: bool = True) -> bytes:

@@ -103,6 +103,11 @@ def test_a_hit_is_a_fresh_object_with_complete_usage():
         "input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "input_token_details": {"cache_read": 0},
     }  # fmt: skip
     assert one.response_metadata["aegis_cache"] == {"tier": "exact"}
+    timed = ChatGeneration(
+        message=AIMessage("x", response_metadata={"done_reason": "stop", "total_duration": 2 * 10**9})
+    )
+    (again,) = decode_answer(encode_answer([timed]), marks={"tier": "exact"})
+    assert again.message.response_metadata["aegis_cache"] == {"tier": "exact", "generation_s": 2.0}
     one.additional_kwargs["x"] = 1
     assert "x" not in decode_answer(data)[0].message.additional_kwargs
 

@@ -96,5 +96,7 @@ def test_what_cannot_be_read_is_said_never_guessed(kwargs):
 
 
 def test_json_with_lone_surrogates_and_great_numbers_survives():
-    for value in ({"a": "\ud800"}, {"b": 2**80}, {"c": ["ü", None, 1.5]}):
-        assert messages.loads(messages.dumps(value)) == value
+    for value in ({"a": "\ud800"}, {"b": 2**80}, {"c": -(2**63) - 1}, {"d": ["ü", None, 1.5]}):
+        again = messages.loads(messages.dumps(value))
+        assert again == value
+        assert [type(v) for v in again.values()] == [type(v) for v in value.values()]

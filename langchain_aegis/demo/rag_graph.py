@@ -1,0 +1,1 @@
+../../examples/rag_graph.py
