@@ -70,9 +70,10 @@ class Filler:
         self._seed = seed
         self._text = text.lower()
         self._words = set(_WORDS.findall(self._text))
-        names = [name for name in _NAMES.findall(_QUOTED.sub(" ", text)) if name.lower() not in STOP_WORDS]
-        if names and text.lstrip().startswith(names[0]) and " " not in names[0] and len(names) > 1:
-            names = [*names[1:], names[0]]  # the first word of a sentence is rarely a name
+        # The first word of a sentence is rarely a name, so those come last.
+        found = [match for match in _NAMES.finditer(_QUOTED.sub(" ", text)) if match.group().lower() not in STOP_WORDS]
+        found.sort(key=lambda match: " " not in match.group() and _starts_sentence(match))
+        names = [match.group() for match in found if not match.group().isupper()]
         self._strings = [*quoted(text), *names, *salient(text)] or ["something"]
         self._numbers = [float(number) for number in _NUMBERS.findall(text)]
         self._next_string = 0
@@ -202,6 +203,11 @@ class Filler:
         self._drawn += 1
         digest = hashlib.blake2b(f"{self._seed}/{self._drawn}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") % max(sides, 1)
+
+
+def _starts_sentence(match: re.Match[str]) -> bool:
+    before = match.string[: match.start()].rstrip()
+    return not before or before[-1] in ".!?:"
 
 
 def _resolved(schema: Schema, root: Schema) -> Schema:

@@ -15,6 +15,7 @@ from typing import Any
 
 _HTML = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 _ESCAPED = re.compile("[<>&\u2028\u2029]")
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -93,6 +94,17 @@ def decode(body: bytes) -> Any:
         raise GoSyntaxError(f"invalid character {_quoted(rest[0])} looking for beginning of value") from exc
     except RecursionError as exc:
         raise GoSyntaxError("exceeded max depth") from exc
+    return _mended(value) if _SURROGATE_ESCAPE.search(text) else value
+
+
+def _mended(value: Any) -> Any:
+    """Replace halves of surrogate pairs, as Go's decoder does: they are no characters and cannot be encoded."""
+    if isinstance(value, str):
+        return _LONE_SURROGATE.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [_mended(item) for item in value]
+    if isinstance(value, dict):
+        return {_mended(name): _mended(item) for name, item in value.items()}
     return value
 
 
