@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from langchain.agents import create_agent
-from langchain_core.load import dumps
+from langchain_core.load import dumpd, dumps, load
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_ollama import ChatOllama
@@ -526,6 +526,19 @@ def test_credentials_are_sent_and_never_shown(lying):
     assert b"authorization: bearer s3cret-3" in lying.heads[1].lower()
     for each in (model, keyed):
         assert "s3cret" not in repr(each) + str(each) + dumps(each) + each._get_llm_string()
+
+
+def test_a_model_is_serialised_and_loaded(monkeypatch):
+    """With what was given to it, but for credentials: those come from the environment again."""
+    model = ChatAegis("m", base_url="http://u:s3cret@host:1", temperature=0, stop=["x"], api_key="s3cret-2", num_ctx=9)
+    written = dumpd(model)
+    assert "s3cret" not in str(written)
+    monkeypatch.setenv("OLLAMA_BASE_URL", "http://u:s3cret@host:1")
+    monkeypatch.setenv("OLLAMA_API_KEY", "s3cret-2")
+    again = load(
+        written, allowed_objects=[ChatAegis], valid_namespaces=["langchain_aegis"], secrets_from_env=True
+    )  # (what this test wrote itself)
+    assert (again, again._get_llm_string()) == (model, model._get_llm_string())
 
 
 def test_further_arguments_of_httpx_reach_it(server):
