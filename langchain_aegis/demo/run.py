@@ -29,7 +29,7 @@ from langchain_aegis.vectors import similarities
 from langchain_aegis.verification import GUARDS
 
 _HERE = Path(__file__).parent
-_ANSWER_TOKENS = 48
+_ANSWER_TOKENS = 32
 _EXIT_WRONG_HIT = 1
 _EXIT_NOT_STARTED = 2
 
