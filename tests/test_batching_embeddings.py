@@ -1,0 +1,305 @@
+"""Concurrent queries become few requests, and each caller gets its own vector."""
+
+import asyncio
+import random
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from langchain_core.embeddings import Embeddings
+
+from langchain_aegis import AegisDeadlineError, AegisOverloadedError, AegisServerError, BatchingEmbeddings
+
+LONG_S = 20.0
+
+
+def vector(text):
+    return [float(len(text)), float(sum(map(ord, text)))]
+
+
+class Fake(Embeddings):
+    """Notes each request; refuses the text `bad`; may wait at a gate."""
+
+    def __init__(self):
+        self.requests = []
+        self.gate = None
+        self.busy = self.most = 0
+        self.error = None
+        self.short = False
+
+    def _start(self, texts):
+        self.requests.append(texts)
+        self.busy += 1
+        self.most = max(self.most, self.busy)
+
+    def _answer(self, texts):
+        self.busy -= 1
+        if self.error is not None:
+            raise self.error
+        if "bad" in texts:
+            raise ValueError("bad text")
+        vectors = [vector(t) for t in texts]
+        return vectors[:-1] if self.short and len(texts) > 1 else vectors
+
+    def embed_documents(self, texts):
+        self._start(texts)
+        if self.gate:
+            assert self.gate.wait(LONG_S)
+        return self._answer(texts)
+
+    def embed_query(self, text):
+        return self.embed_documents([text])[0]
+
+    async def aembed_documents(self, texts):
+        self._start(texts)
+        try:
+            await (self.gate.wait() if self.gate else asyncio.sleep(0))
+        except asyncio.CancelledError:
+            self.busy -= 1
+            raise
+        return self._answer(texts)
+
+    async def aembed_query(self, text):
+        return (await self.aembed_documents([text]))[0]
+
+
+async def settle(turns=30):
+    for _ in range(turns):
+        await asyncio.sleep(0)
+
+
+def idle(wrapper):
+    stats = wrapper.admission.stats()
+    return (stats.running, stats.waiting, stats.waiting_bulk, wrapper._queues) == (0, 0, 0, {})
+
+
+@pytest.fixture
+def inner():
+    return Fake()
+
+
+async def test_sixty_four_queries_are_two_requests(inner):
+    wrapper = BatchingEmbeddings(inner)
+    texts = [f"text {i}" for i in range(64)]
+    async with asyncio.timeout(LONG_S):
+        vectors = await asyncio.gather(*(wrapper.aembed_query(t) for t in texts))
+    assert vectors == [vector(t) for t in texts]
+    assert [len(r) for r in inner.requests] == [1, 63]
+    assert idle(wrapper)
+
+
+async def test_a_text_is_sent_once_and_each_caller_has_a_list_of_its_own(inner):
+    wrapper = BatchingEmbeddings(inner)
+    vectors = await asyncio.gather(*(wrapper.aembed_query(t) for t in ["a", "b", "a", "c", "b", "b"]))
+    assert inner.requests == [["a"], ["b", "c"]]
+    assert vectors[1] == vectors[4] == vectors[5]
+    vectors[1].append(0.0)
+    assert vectors[4] == vector("b")
+
+
+async def test_one_bad_text_fails_its_own_callers_only(inner):
+    wrapper = BatchingEmbeddings(inner)
+    asked = ["first", "a", "bad", "b", "bad"]
+    results = await asyncio.gather(*(wrapper.aembed_query(t) for t in asked), return_exceptions=True)
+    assert [r for r in results if isinstance(r, list)] == [vector(t) for t in ("first", "a", "b")]
+    assert [type(results[i]) for i in (2, 4)] == [ValueError, ValueError]
+    assert results[2] is not results[4]
+    assert inner.requests == [["first"], ["a", "bad", "b"], ["a"], ["bad"], ["b"]]
+    assert idle(wrapper)
+
+
+async def test_a_wrong_number_of_vectors_is_never_matched_to_texts(inner):
+    inner.short = True
+    wrapper = BatchingEmbeddings(inner)
+    assert await asyncio.gather(*(wrapper.aembed_query(t) for t in "abc")) == [vector(t) for t in "abc"]
+    assert inner.requests == [["a"], ["b", "c"], ["b"], ["c"]]
+
+
+async def test_a_server_that_is_away_is_not_asked_for_each_text(inner):
+    inner.error = ConnectionError("away")
+    wrapper = BatchingEmbeddings(inner)
+    results = await asyncio.gather(*(wrapper.aembed_query(f"{i}") for i in range(20)), return_exceptions=True)
+    assert [type(r) for r in results] == [ConnectionError] * 20
+    assert len({id(r) for r in results}) == 20
+    assert len(inner.requests) == 2
+    assert idle(wrapper)
+
+
+async def test_a_cancelled_query_is_not_sent_and_hurts_nobody(inner):
+    inner.gate = asyncio.Event()
+    wrapper = BatchingEmbeddings(inner)
+    tasks = [asyncio.create_task(wrapper.aembed_query(t)) for t in ["first", "gone", "stays", "stays"]]
+    await settle()
+    for i in (0, 1, 2):
+        tasks[i].cancel()
+    await settle()
+    inner.gate.set()
+    async with asyncio.timeout(LONG_S):
+        assert await tasks[3] == vector("stays")
+    assert inner.requests == [["first"], ["stays"]]
+    assert inner.busy == 0
+    assert idle(wrapper)
+
+
+async def test_more_than_a_batch_uses_more_slots_and_the_bound_holds(inner):
+    inner.gate = asyncio.Event()
+    wrapper = BatchingEmbeddings(inner, max_concurrency=2, max_batch=4, max_waiting=3)
+    tasks = [asyncio.create_task(wrapper.aembed_query(f"{i}")) for i in range(40)]
+    await settle()
+    assert [len(r) for r in inner.requests] == [1, 4]
+    inner.gate.set()
+    async with asyncio.timeout(LONG_S):
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert sum(isinstance(r, AegisOverloadedError) for r in results) == 40 - (1 + 4 + 3 * 4)
+    assert all(r == vector(f"{i}") for i, r in enumerate(results) if isinstance(r, list))
+    assert inner.most == 2
+    assert idle(wrapper)
+
+
+async def test_documents_and_queries_share_the_slots(inner):
+    inner.gate = asyncio.Event()
+    wrapper = BatchingEmbeddings(inner, max_concurrency=1, max_waiting=1)
+    documents = asyncio.create_task(wrapper.aembed_documents(["a", "b"]))
+    await settle()
+    query = asyncio.create_task(wrapper.aembed_query("q"))
+    await settle()
+    with pytest.raises(AegisOverloadedError):
+        await wrapper.aembed_documents(["c"])
+    inner.gate.set()
+    async with asyncio.timeout(LONG_S):
+        assert await documents == [vector("a"), vector("b")]
+        assert await query == vector("q")
+    assert inner.most == 1
+    inner.gate = None
+    assert await asyncio.to_thread(wrapper.embed_documents, ["d"]) == [vector("d")]
+    assert idle(wrapper)
+
+
+async def test_without_merging_each_query_is_a_request(inner):
+    wrapper = BatchingEmbeddings(inner, merge=False)
+    await asyncio.gather(*(wrapper.aembed_query("same") for _ in range(5)))
+    assert inner.requests == [["same"]] * 5
+
+
+async def test_a_deadline_ends_the_wait(inner):
+    inner.gate = asyncio.Event()
+    wrapper = BatchingEmbeddings(inner, deadline_s=0.01)
+    async with asyncio.timeout(LONG_S):
+        results = await asyncio.gather(*(wrapper.aembed_query(f"{i}") for i in range(3)), return_exceptions=True)
+        await settle()
+    assert [type(r) for r in results] == [AegisDeadlineError] * 3
+    assert len(inner.requests) == 1
+    assert idle(wrapper)
+
+
+async def test_a_closed_admission_fails_who_waits(inner):
+    inner.gate = asyncio.Event()
+    wrapper = BatchingEmbeddings(inner)
+    tasks = [asyncio.create_task(wrapper.aembed_query(f"{i}")) for i in range(3)]
+    await settle()
+    wrapper.admission.close()
+    inner.gate.set()
+    async with asyncio.timeout(LONG_S):
+        first, *others = await asyncio.gather(*tasks, return_exceptions=True)
+    assert first == vector("0")
+    assert all("closed" in str(e) for e in others)
+    assert idle(wrapper)
+
+
+async def test_a_request_cancelled_from_outside_tells_its_callers(inner):
+    inner.gate = asyncio.Event()
+    wrapper = BatchingEmbeddings(inner)
+    task = asyncio.create_task(wrapper.aembed_query("a"))
+    await settle()
+    (request,) = (t for t in asyncio.all_tasks() if t.get_coro().__qualname__.endswith("_afly"))
+    request.cancel()
+    async with asyncio.timeout(LONG_S):
+        with pytest.raises(AegisServerError, match="ask again"):
+            await task
+    assert idle(wrapper)
+
+
+def test_threads_gather_too(inner):
+    """64 threads: one request is under way, the others gather behind it."""
+    inner.gate = threading.Event()
+    wrapper = BatchingEmbeddings(inner)
+    texts = [f"text {i % 40}" for i in range(64)]
+    with ThreadPoolExecutor(64) as pool:
+        futures = [pool.submit(wrapper.embed_query, t) for t in texts]
+        while not (queue := wrapper._queues.get(None)) or sum(w.seats for w in [*queue.wishes.values()]) < 64:
+            threading.Event().wait(0.001)
+        inner.gate.set()
+        assert [f.result(LONG_S) for f in futures] == [vector(t) for t in texts]
+    assert [len(r) for r in inner.requests] == [1, 39]
+    assert idle(wrapper)
+
+
+def test_loops_and_threads_on_one_instance_without_a_warning(inner):
+    wrapper = BatchingEmbeddings(inner, max_concurrency=2)
+
+    async def many():
+        async with asyncio.timeout(LONG_S):
+            return await asyncio.gather(*(wrapper.aembed_query(f"{i}") for i in range(30)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with ThreadPoolExecutor(10) as pool:
+            loops = [pool.submit(asyncio.run, many()) for _ in range(2)]
+            threads = [pool.submit(wrapper.embed_query, f"{i}") for i in range(30)]
+            expected = [vector(f"{i}") for i in range(30)]
+            assert [t.result(LONG_S) for t in threads] == expected
+            assert [loop.result(LONG_S) for loop in loops] == [expected] * 2
+        for _ in range(20):
+            assert asyncio.run(many()) == expected
+    assert inner.most <= 2
+    assert idle(wrapper)
+
+
+def test_a_blocking_query_inside_a_running_loop_ends(inner):
+    inner.gate = asyncio.Event()
+    wrapper = BatchingEmbeddings(inner, max_concurrency=1)
+
+    async def main():
+        task = asyncio.create_task(wrapper.aembed_query("a"))
+        await settle()
+        gate, inner.gate = inner.gate, None
+        assert wrapper.embed_query("b") == vector("b")
+        gate.set()
+        assert await task == vector("a")
+
+    asyncio.run(asyncio.wait_for(main(), LONG_S))
+    assert idle(wrapper)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32))
+def test_whoever_stays_gets_the_right_vector(seed):
+    """Queries cancelled at random, some bad: every answer is its own text's vector, no slot is lost."""
+    rng = random.Random(seed)
+    wrapper = BatchingEmbeddings(Fake(), max_concurrency=rng.randint(1, 3), max_batch=rng.randint(1, 6))
+
+    async def main():
+        tasks = []
+        for _ in range(60):
+            if rng.random() < 0.6:
+                text = rng.choice(["a", "bb", "ccc", "bad", f"{rng.random()}"])
+                tasks.append((text, asyncio.create_task(wrapper.aembed_query(text))))
+            elif tasks and rng.random() < 0.5:
+                rng.choice(tasks)[1].cancel()
+            else:
+                await asyncio.sleep(0)
+        async with asyncio.timeout(LONG_S):
+            results = await asyncio.gather(*(t for _, t in tasks), return_exceptions=True)
+        await settle()
+        return zip(tasks, results, strict=True)
+
+    for (text, task), result in asyncio.run(main()):
+        if isinstance(result, list):
+            assert result == vector(text)
+        else:
+            assert task.cancelled() or (text == "bad" and isinstance(result, ValueError))
+    assert wrapper.inner.busy == 0
+    assert idle(wrapper)
