@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import struct
+import sys
 from collections.abc import Sequence
 from operator import mul
 from typing import Any
 
-np: Any = None
-with contextlib.suppress(
-    ImportError
-):  # numpy comes with any embedder that runs in the process; without it, struct does
-    import numpy as np
+_MANY = 64  # from so many vectors on, importing numpy pays for itself
+
+
+def _numpy(vectors: int = 1) -> Any:
+    """Return numpy if it is loaded already, or installed and worth it; else None: struct does for a few vectors.
+
+    Importing it costs a fifth of a second, which a first lookup shall not pay on an event loop.
+    """
+    if (loaded := sys.modules.get("numpy")) is not None:
+        return loaded
+    if vectors >= _MANY:
+        with contextlib.suppress(ImportError):
+            return importlib.import_module("numpy")
+    return None
 
 
 def pack(vector: Sequence[float]) -> bytes | None:
@@ -22,7 +33,7 @@ def pack(vector: Sequence[float]) -> bytes | None:
     A vector with NaN or infinity, or of length 0, would match everything: it is refused.
     """
     try:
-        if np is not None:
+        if (np := _numpy()) is not None:
             values = np.asarray(vector, dtype=np.float64)
             with np.errstate(all="ignore"):
                 length = float(np.sqrt(np.dot(values, values))) if values.ndim == 1 else 0.0
@@ -43,7 +54,7 @@ def similarities(query: bytes, stored: Sequence[bytes]) -> list[float]:
 
     Computed here, from signed bytes, rather than taken from the server.
     """
-    if np is not None:
+    if (np := _numpy(len(stored))) is not None:
         q = np.frombuffer(query, dtype="<f2").astype(np.float32)
         q_length = float(np.sqrt(q @ q))
         rows = [s if len(s) == len(query) else b"\x00\x7e" * (len(query) // 2) for s in stored]  # 0x7e00 is NaN
