@@ -11,12 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import jsonschema
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from langchain_aegis.embedded.scripted_schema import Filler
 from langchain_aegis.errors import AegisConfigError, AegisTimeoutError
 from langchain_aegis.testing import Fault, ScriptedModel, ScriptedOllama, Seen
 
@@ -244,113 +240,7 @@ class TestTools:
         assert answer.json()["error"] == "registry.ollama.ai/library/tool-less:latest does not support tools"
 
 
-SCHEMAS: dict[str, Any] = {
-    "nested": {
-        "type": "object",
-        "required": ["who", "items"],
-        "properties": {
-            "who": {"type": "object", "required": ["name"], "properties": {"name": {"type": "string", "maxLength": 4}}},
-            "items": {"type": "array", "minItems": 3, "items": {"type": "integer", "minimum": 5, "maximum": 6}},
-        },
-    },
-    "references": {
-        "$defs": {
-            "Colour": {"enum": ["red", "green"]},
-            "Node": {
-                "type": "object",
-                "required": ["value", "next"],
-                "properties": {
-                    "value": {"$ref": "#/$defs/Colour"},
-                    "next": {"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]},
-                },
-            },
-        },
-        "$ref": "#/$defs/Node",
-    },
-    "unique": {"type": "array", "minItems": 3, "uniqueItems": True, "items": {"type": "integer", "minimum": 1}},
-    "merged": {
-        "allOf": [
-            {"type": "object", "required": ["a"], "properties": {"a": {"const": 5}}},
-            {"required": ["b"], "properties": {"b": {"type": "boolean"}}},
-        ]
-    },
-    "formats": {
-        "type": "object",
-        "required": ["day", "code"],
-        "properties": {
-            "day": {"type": "string", "format": "date"},
-            "code": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{3}$"},
-        },
-    },
-    "numbers": {
-        "type": "object",
-        "required": ["x", "y", "z"],
-        "properties": {
-            "x": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
-            "y": {"type": "integer", "multipleOf": 7, "minimum": 20},
-            "z": {"type": ["null", "number"], "maximum": -3},
-        },
-    },
-}
-
-_scalars = st.one_of(
-    st.builds(
-        lambda low, span: {"type": "integer", "minimum": low, "maximum": low + span},
-        st.integers(-100, 100),
-        st.integers(0, 20),
-    ),
-    st.builds(
-        lambda low, span: {"type": "number", "exclusiveMinimum": low, "maximum": low + span},
-        st.integers(-9, 9),
-        st.sampled_from([0.25, 1, 7]),
-    ),
-    st.builds(
-        lambda least, span: {"type": "string", "minLength": least, "maxLength": least + span},
-        st.integers(0, 30),
-        st.integers(0, 9),
-    ),
-    st.just({"type": "boolean"}),
-    st.lists(st.sampled_from(["red", "green", 3, None]), min_size=1, unique=True).map(lambda items: {"enum": items}),
-)
-_schemas = st.recursive(
-    _scalars,
-    lambda inner: st.one_of(
-        st.builds(
-            lambda items, least, span: {"type": "array", "items": items, "minItems": least, "maxItems": least + span},
-            inner,
-            st.integers(0, 3),
-            st.integers(0, 3),
-        ),
-        st.builds(
-            lambda properties, count: {
-                "type": "object",
-                "properties": properties,
-                "required": sorted(properties)[:count],
-                "additionalProperties": False,
-            },
-            st.dictionaries(st.sampled_from("abcd"), inner, max_size=4),
-            st.integers(0, 4),
-        ),
-        st.lists(inner, min_size=1, max_size=3).map(lambda choices: {"anyOf": choices}),
-        inner.map(lambda one: {"anyOf": [{"type": "null"}, one]}),
-    ),
-    max_leaves=12,
-)
-
-
 class TestJson:
-    @pytest.mark.parametrize("name", SCHEMAS)
-    def test_satisfies_the_schema(self, server: ScriptedOllama, name: str) -> None:
-        jsonschema.validate(json.loads(said(server, "Ada bought 5 green apples", format=SCHEMAS[name])), SCHEMAS[name])
-
-    @settings(deadline=None, max_examples=100)
-    @given(schema=_schemas, text=st.text(max_size=60), seed=st.text(max_size=3))
-    def test_satisfies_any_schema(self, schema: dict[str, Any], text: str, seed: str) -> None:
-        """Whatever the prompt, the value made for a schema validates against it."""
-        value = Filler(text, seed).value(schema)
-        jsonschema.validate(value, schema)
-        assert value == Filler(text, seed).value(schema)
-
     def test_takes_values_from_the_prompt(self, server: ScriptedOllama) -> None:
         schema = {
             "type": "object",
@@ -599,61 +489,6 @@ class TestServer:
 
     def test_a_web_page_cannot_reach_it_by_another_name(self, server: ScriptedOllama) -> None:
         assert httpx.get(server.base_url, headers={"Host": "evil.example"}).status_code == 403
-
-
-class TestWithoutSocket:
-    BODY: dict[str, Any] = {"model": "scripted", "messages": [{"role": "user", "content": "hi"}]}  # noqa: RUF012
-
-    def test_the_same_answer_sync_and_async(self) -> None:
-        server = ScriptedOllama()
-        body = self.BODY | {"options": {"temperature": 0}}
-
-        async def over_async() -> list[dict[str, Any]]:
-            async with httpx.AsyncClient(transport=server.async_transport, base_url="http://ollama") as client:
-                return lines(await client.post("/api/chat", json=body))
-
-        with httpx.Client(transport=server.transport, base_url="http://ollama") as client:
-            one = lines(client.post("/api/chat", json=body))
-        two = asyncio.run(over_async())
-        server.close()
-        assert [line["message"] for line in one] == [line["message"] for line in two]
-        assert server.disconnects == 0
-
-    async def test_streams_and_notices_a_reader_that_leaves(self) -> None:
-        server = ScriptedOllama(words=2_000, tokens_per_s=200)
-        async with (
-            httpx.AsyncClient(transport=server.async_transport, base_url="http://ollama") as client,
-            client.stream("POST", "/api/chat", json=self.BODY) as answer,
-        ):
-            assert json.loads(await anext(answer.aiter_lines()))["done"] is False
-        await server.await_until(lambda s: s.disconnects == 1 and s.running == 0)
-        await asyncio.to_thread(server.close)
-
-    def test_faults_and_timeouts_apply(self) -> None:
-        server = ScriptedOllama()
-        with httpx.Client(transport=server.transport, base_url="http://ollama", timeout=0.2) as client:
-            server.fail("cut", after=1)
-            with pytest.raises(httpx.RemoteProtocolError):
-                client.post("/api/chat", json=self.BODY)
-            server.fail("hang")
-            with pytest.raises(httpx.ReadTimeout):
-                client.post("/api/chat", json=self.BODY)
-            server.wait_until(lambda s: s.running == 0)
-            server.close()
-
-    async def test_async_faults_and_timeouts_apply(self) -> None:
-        server = ScriptedOllama()
-        transport = server.async_transport
-        async with httpx.AsyncClient(transport=transport, base_url="http://ollama", timeout=0.2) as client:
-            server.fail("cut", after=1)
-            with pytest.raises(httpx.RemoteProtocolError):
-                await client.post("/api/chat", json=self.BODY)
-            server.fail("hang", after=2)
-            with pytest.raises(httpx.ReadTimeout):
-                await client.post("/api/chat", json=self.BODY)
-            await asyncio.to_thread(server.close)
-            with pytest.raises(httpx.ConnectError):
-                await client.post("/api/chat", json=self.BODY)
 
 
 def test_seen_text_of_every_route() -> None:

@@ -1,4 +1,4 @@
-"""An engine that runs SmolLM2-135M with llama.cpp and MiniLM with onnxruntime, in this process.
+"""An engine that runs the two small models, SmolLM2-135M by llama.cpp, MiniLM by onnxruntime.
 
 Meant for a process of its own (see `ollama.py`): llama.cpp's threads and memory are not the application's.
 llama.cpp's own HTTP server does the generating; it listens on loopback and answers only to a key made for this run.

@@ -1,4 +1,4 @@
-"""The objects of an answer to /api/chat and /api/generate, field by field in Ollama's order."""
+"""The objects of a generated answer, field by field in Ollama's order."""
 
 from __future__ import annotations
 

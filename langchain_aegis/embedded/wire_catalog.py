@@ -1,4 +1,4 @@
-"""What /api/tags, /api/ps and /api/show tell about the models."""
+"""What the server tells about its models: /api/tags, /api/ps, /api/show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Send one reply, whole or line by line, and stop generating when its reader leaves."""
+"""Send one reply for as long as its reader stays."""
 
 from __future__ import annotations
 

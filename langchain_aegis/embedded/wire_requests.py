@@ -1,4 +1,4 @@
-"""Read and check a request's body as Ollama does, with its wording of every refusal."""
+"""Check a request's body as Ollama does, with its wording of every refusal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which models are loaded, with which options, and until when."""
+"""Keep account of which models are loaded, with which options, until when."""
 
 from __future__ import annotations
 
