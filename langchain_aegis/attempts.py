@@ -79,6 +79,10 @@ class Attempt:
         if time.monotonic() > self._ends:
             raise self._late()
 
+    def ends_within(self, seconds: float | None) -> bool:
+        """Say whether the deadline comes before `seconds` have passed; None is no bound."""
+        return self._ends < (math.inf if seconds is None else time.monotonic() + seconds)
+
     def bound(self, at_most_s: float = math.inf) -> _Bound:
         """Return a context that stops what runs inside at the deadline, with an AegisTimeoutError."""
         return _Bound(self, min(self._ends - time.monotonic(), at_most_s))

@@ -214,7 +214,10 @@ class OllamaClient:
                 data = response.aiter_raw()
                 while True:
                     try:
-                        async with attempt.bound(_DRAIN_S if parts.done else math.inf):
+                        if attempt.ends_within(bounds.read_s) or parts.done:
+                            async with attempt.bound(_DRAIN_S if parts.done else math.inf):
+                                piece = await anext(data, None)
+                        else:  # httpx's own bound ends this read before the deadline
                             piece = await anext(data, None)
                     except (httpx.HTTPError, AegisTimeoutError):
                         if parts.done:  # the answer is whole; only the connection did not end well

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from langchain.agents import create_agent
+from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.load import dumpd, dumps, load
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
@@ -216,6 +217,16 @@ def test_an_agent_with_tools_does_the_same(model, upstream, mode):
     assert found[0] == found[1]
     if mode == "invoke":
         assert "sunny in" in found[0][-1][1]
+
+
+@pytest.mark.parametrize("strategy", [ProviderStrategy, ToolStrategy])
+def test_an_agent_with_a_response_format_does_the_same(model, upstream, strategy):
+    """By Ollama's `format`, and by a tool."""
+    question = {"messages": [HumanMessage("Ada is a person")]}
+    agents = [create_agent(each, [weather], response_format=strategy(Person)) for each in (model, upstream)]
+    found = [agent.invoke(question, {"recursion_limit": 8}) for agent in agents]
+    assert found[0]["structured_response"] == found[1]["structured_response"]
+    assert [m.type for m in found[0]["messages"]] == [m.type for m in found[1]["messages"]]
 
 
 def graph_of(model, nodes=1):
