@@ -25,7 +25,7 @@ from langchain_aegis.embedded.wire_engine import (
 from langchain_aegis.embedded.wire_window import kept, overflow, shorter
 
 DEFAULT_WINDOW = 4096  # what Ollama gives on a machine without a large GPU
-_CACHED_PROMPTS = 64
+_CACHED_PROMPTS = 32
 _SILENT = Piece()
 _OPEN_ENDED_WINDOWS = 10  # Ollama ends what is asked to go on for ever after ten windows
 
@@ -164,8 +164,7 @@ class ScriptedEngine:
             for part in itertools.islice(parts, limit):
                 told += 1
                 self.counters.generated_tokens += 1
-                if self._token_s:
-                    await asyncio.sleep(self._token_s)
+                await asyncio.sleep(self._token_s)  # also without a delay: other requests run in between
                 if part != _SILENT:
                     yield part
             finished = next(parts, None) is None
@@ -190,8 +189,7 @@ class ScriptedEngine:
             read.append(tokens[: window - 2])
         async with self.slots.one():
             self.counters.texts_embedded += len(read)
-            if self._prefill_s:
-                await asyncio.sleep(self._prefill_s * sum(map(len, read)))
+            await asyncio.sleep(self._prefill_s * sum(map(len, read)))
             vectors = [script.embed("".join(tokens), model.dimensions) for tokens in read]
         return Vectors(vectors=vectors, tokens=sum(len(tokens) + 2 for tokens in read))
 
@@ -222,9 +220,9 @@ class ScriptedEngine:
         known = max((_common(prompt, other) for other in self._known_prompts), default=0)
         new = max(len(prompt) - known, 1)  # the last token is always evaluated
         self.counters.prefilled_tokens += new
-        if self._prefill_s:
-            await asyncio.sleep(self._prefill_s * new)
-        self._known_prompts.append(prompt)
+        await asyncio.sleep(self._prefill_s * new)
+        if known < len(prompt):
+            self._known_prompts.append(prompt)
 
     def _parts(self, request: Generation, prompt: str) -> Iterator[Piece]:
         random = request.options.get("temperature", 0.8) > 0 and request.options.get("seed", -1) < 0
