@@ -24,7 +24,8 @@ class Timeouts:
     """Bounds of one request in seconds; None is no bound.
 
     `connect_s` is for reaching the server, `read_s` for the time between two pieces of a streamed answer, and
-    `deadline_s` for the whole. An answer that is not streamed comes in one piece: only its deadline counts.
+    `deadline_s` for the whole. An answer that is not streamed comes in one piece: only its deadline counts. A thread
+    that reads a stream notices the deadline with the next piece, so at most `read_s` late.
     """
 
     connect_s: float | None = 5.0

@@ -9,7 +9,7 @@ from typing import TypedDict
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain.agents import create_agent
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
@@ -629,6 +629,7 @@ options = st.dictionaries(
 ).map(lambda d: {k: (bool(v) if MODEL_OPTIONS[k] is bool and v is not None else v) for k, v in d.items()})
 
 
+@settings(deadline=None)
 @given(options, options, options)
 def test_merging_keeps_what_is_not_named(made, inner, named):
     """Call over `options={...}` over constructor; None changes nothing."""

@@ -7,7 +7,7 @@ import pickle
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lying_server import END, LyingServer, chunked, line, plain
 
@@ -105,6 +105,7 @@ def test_connections_are_used_again(server, ollama, way):
     assert server.connections == 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=8), max_size=6), st.integers(1, 7))
 def test_text_arrives_exactly_however_it_is_cut(texts, size):
     """Line separators of Unicode, carriage returns and split characters change nothing."""

@@ -4,7 +4,7 @@ import asyncio
 import gc
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.caches import InMemoryCache
 from langchain_core.globals import set_llm_cache
@@ -387,6 +387,7 @@ def test_core_and_the_stream_do_not_both_look_up(cache, model):
     assert (len(cache.lookups), len(cache.updates)) == (1, 1)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=400))
 def test_chunks_put_together_are_the_text(text):
     """Every character, in at most a few dozen pieces."""

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from langchain_aegis.errors import AegisOptionError
@@ -36,6 +36,7 @@ def same(a, b):
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
+@settings(deadline=None)
 @given(fields, st.sampled_from(CHANGING), values)
 def test_any_answer_changing_option_changes_the_string(parts, name, value):
     """Set one option to another value: another string."""
@@ -44,12 +45,14 @@ def test_any_answer_changing_option_changes_the_string(parts, name, value):
     assert string(**parts) != string(**{**parts, "options": {**before, name: value}})
 
 
+@settings(deadline=None)
 @given(fields, st.sampled_from(sorted(EXECUTION_OPTIONS)), values)
 def test_options_of_execution_do_not_change_it(parts, name, value):
     """Threads, layers and batch size leave the answer alone."""
     assert string(**parts) == string(**{**parts, "options": {**parts.get("options", {}), name: value}})
 
 
+@settings(deadline=None)
 @given(fields, fields)
 def test_different_fields_never_share_a_string(one, other):
     """The string is injective up to order, missing values and 0 = 0.0."""
@@ -65,6 +68,7 @@ def test_different_fields_never_share_a_string(one, other):
     assert (string(**one) == string(**other)) == (plain(one) == plain(other))
 
 
+@settings(deadline=None)
 @given(fields, st.randoms())
 def test_order_never_matters(parts, random):
     """Neither the order of options nor that of stops."""
@@ -76,6 +80,7 @@ def test_order_never_matters(parts, random):
     assert string(**mixed) == string(**parts)
 
 
+@settings(deadline=None)
 @given(fields)
 def test_the_form_is_one_prefix_and_compact_sorted_json(parts):
     """The cache parses exactly this form."""
