@@ -195,8 +195,9 @@ class AegisSemanticCache(BaseCache):
             if (keyed := self._engine.key_of(prompt, llm_string)) is None:
                 return None
             found = run(self._engine.find(keyed[0]), self._perform)
-            self._engine.remember(prompt, llm_string, keyed[1], found)
-            return self._engine.finish(found)
+            if (answer := self._engine.finish(found)) is None:
+                self._engine.remember(prompt, llm_string, keyed[1], found)
+            return answer
         except Exception as exc:  # LangChain calls this bare: whatever goes wrong here must not cost the user his call
             _swallow("lookup", exc)
             return None
@@ -207,8 +208,9 @@ class AegisSemanticCache(BaseCache):
             if (keyed := self._engine.key_of(prompt, llm_string)) is None:
                 return None
             found = await arun(self._engine.find(keyed[0]), self._aperform)
-            self._engine.remember(prompt, llm_string, keyed[1], found)
-            return self._engine.finish(found)
+            if (answer := self._engine.finish(found)) is None:
+                self._engine.remember(prompt, llm_string, keyed[1], found)
+            return answer
         except Exception as exc:  # as in `lookup`
             _swallow("lookup", exc)
             return None

@@ -91,8 +91,9 @@ class Engine:
     def key_of(self, prompt: str, llm_string: str) -> tuple[Key, Who] | None:
         """Return where the answer belongs, or None if the cache must not be used for this call."""
         told = self._who()
-        if told is None:
-            return None
+        return None if told is None else self._keyed(prompt, llm_string, told)
+
+    def _keyed(self, prompt: str, llm_string: str, told: Who) -> tuple[Key, Who] | None:
         key = self.keyring.for_prompt(prompt, llm_string, told, current().question)
         if isinstance(key, Declined):
             if key.reason == "unnamed_model":
@@ -150,11 +151,13 @@ class Engine:
             return
         if reason := entries.refusal(generations):
             return self._not_stored(reason)
-        if (keyed := self.key_of(prompt, llm_string)) is None:
+        if (told := self._who()) is None:
             return
-        key, told = keyed
         found = self._recall(prompt, llm_string, told)
         if found is None:  # an update without a lookup: the answer comes from elsewhere, and counts from now
+            if (keyed := self._keyed(prompt, llm_string, told)) is None:
+                return
+            key = keyed[0]
             found = Lookup(key)
             try:
                 found.epochs = yield from self.store.epochs(key.things)
