@@ -17,7 +17,7 @@ ROOT = Path(langchain_aegis.__file__).parent
 # and under TYPE_CHECKING count too.
 ORDER = [
     "errors", "settings", "home", "notices", "scope", "loops", "breaker", "flows", "forks", "_compat",
-    "messages", "lexicon", "verification", "questions", "identity", "options", "keys", "entries",
+    "messages", "lexicon", "tokens", "profiles", "verification", "questions", "identity", "options", "keys", "entries",
     "answers", "replays", "hits", "vectors",
     "store", "connections",
     "attempts", "refusals", "ndjson", "client", "endpoint",
@@ -65,8 +65,13 @@ def modules():
     return names
 
 
+@cache
 def own_imports(name):
-    """Yield (module of this package, whether it is imported when the importer is)."""
+    """All (module of this package, whether it is imported when the importer is)."""
+    return list(find_imports(name))
+
+
+def find_imports(name):
     tree = modules()[name]
     typing_only = {
         id(inner)

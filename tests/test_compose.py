@@ -14,6 +14,8 @@ import jsonschema
 import pytest
 import redis
 import yaml
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from langchain_aegis.ollama.compose import Service, _programs, check_compose
 from langchain_aegis.ollama.environment import check_variables, read_env_file
@@ -26,6 +28,7 @@ COMPOSE = yaml.safe_load(TEXT)
 SERVICES = COMPOSE["services"]
 SERVERS = ("ollama", "redis")
 TABLE = knowledge()
+ONCE = Retry(NoBackoff(), 0)
 PASSWORD = "a password, with blanks & $igns"
 
 
@@ -189,7 +192,7 @@ def client(container):
 def test_nobody_gets_in_without_the_password(container):
     directory, port = container
     for login in ({}, {"username": "aegis", "password": "wrong"}, {"password": PASSWORD}):
-        with redis.Redis(port=port, socket_timeout=10, **login) as stranger, pytest.raises(redis.AuthenticationError):
+        with redis.Redis(port=port, retry=ONCE, **login) as stranger, pytest.raises(redis.AuthenticationError):
             stranger.ping()
     (acl,) = directory.glob("users.*")
     assert PASSWORD not in acl.read_text()
