@@ -32,7 +32,8 @@ from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flights import Flights
 from langchain_aegis.forwarding import ForwardingChatModel
 from langchain_aegis.identity import PREFIX
-from langchain_aegis.scope import aegis_scope, current
+from langchain_aegis.replays import consulted_by_core
+from langchain_aegis.scope import current, seen_config
 from langchain_aegis.servers import admission_of, check_arguments, server_of
 
 _TRACING_ONLY = ("ls_structured_output_format", "structured_output_format")
@@ -104,8 +105,7 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
     ) -> AIMessage:  # fmt: skip
         if self._inside():
             return super().invoke(input, config, stop=stop, **kwargs)
-        entry = self._enter(input, stop, kwargs, wait, blocking=True)
-        with _within(entry):
+        with seen_config(config), _within(self._enter(input, stop, kwargs, wait, blocking=True, config=config)):
             return super().invoke(input, config, stop=stop, **kwargs)
 
     async def ainvoke(
@@ -121,8 +121,7 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
     ) -> AIMessage:  # fmt: skip
         if self._inside():
             return await super().ainvoke(input, config, stop=stop, **kwargs)
-        entry = self._enter(input, stop, kwargs, wait)
-        with _within(entry):
+        with seen_config(config), _within(self._enter(input, stop, kwargs, wait, config=config)):
             return await super().ainvoke(input, config, stop=stop, **kwargs)
 
     def generate(
@@ -156,7 +155,7 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
         if not self._should_stream(async_api=False, **{**kwargs, "stream": True}):
             yield from base
             return
-        entry = self._entry("refuse")
+        entry = self._entry("refuse", config=config)
         entry.take(None)
         try:
             with _within(entry, leave=False):
@@ -179,7 +178,7 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
                 async for chunk in base:
                     yield chunk
                 return
-            entry = self._entry("refuse")
+            entry = self._entry("refuse", config=config)
             entry.take(None)
             try:
                 with _within(entry, leave=False):
@@ -232,7 +231,9 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
     ) -> Iterator[ChatGenerationChunk]:  # fmt: skip
         given = {} if run_manager is None else {"run_manager": run_manager}
         entry = self._claim(messages, stop, kwargs, None, streams=True)
-        return entry.stream(lambda: self.inner._stream(messages, stop=stop, **given, **kwargs), self._stream_scope)
+        return entry.stream(
+            lambda: self.inner._stream(messages, stop=stop, **given, **kwargs), lambda: self._streaming(entry)
+        )
 
     async def _astream(
         self, messages: list[BaseMessage], stop: list[str] | None = None,
@@ -240,17 +241,19 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
     ) -> AsyncIterator[ChatGenerationChunk]:  # fmt: skip
         given = {} if run_manager is None else {"run_manager": run_manager}
         entry = self._claim(messages, stop, kwargs, None, streams=True)
-        chunks = entry.astream(lambda: self.inner._astream(messages, stop=stop, **given, **kwargs), self._stream_scope)
+        chunks = entry.astream(
+            lambda: self.inner._astream(messages, stop=stop, **given, **kwargs), lambda: self._streaming(entry)
+        )
         async with contextlib.aclosing(cast("AsyncGenerator[ChatGenerationChunk]", chunks)):
             async for chunk in chunks:
                 yield chunk
 
-    def _entry(self, wait: Wait, **how: bool) -> Entry[ChatResult]:
+    def _entry(self, wait: Wait, **how: Any) -> Entry[ChatResult]:
         return Entry(self, self.admission, _flights, wait, self.deadline_s, **how)
 
     def _enter(
         self, prompt: LanguageModelInput, stop: list[str] | None, kwargs: Mapping[str, Any], wait: Wait,
-        **how: bool,
+        **how: Any,
     ) -> Entry[ChatResult]:  # fmt: skip
         """Take a place for a call, unless a cache may answer it: then it is decided after the lookup."""
         entry = self._entry(wait, **how)
@@ -299,7 +302,8 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
         canonical = _canonical(prompt)
         if canonical is None:
             return None
-        return canonical, self._model_key(params, stop, kwargs), whose(scope)
+        asker = whose(entry.config)
+        return None if asker is None else (canonical, self._model_key(params, stop, kwargs), asker)
 
     def _model_key(self, params: Mapping[str, Any], stop: list[str] | None, kwargs: Mapping[str, Any]) -> object:
         """Return a value that is equal only for models and options that give the same answers."""
@@ -315,9 +319,23 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
         options = repr(sorted(sent.items())) if sent else ""
         return id(inner), inner.__dict__.get("model"), repr(params), repr(stop), options
 
-    def _stream_scope(self) -> contextlib.AbstractContextManager[object]:
-        """Models that look into a cache while streaming must not when the wrapper says `cache=False`."""
-        return aegis_scope(cache="off") if self.cache is False else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _streaming(self, entry: Entry[ChatResult]) -> Iterator[None]:
+        """Be around each step of a stream: a model that looks into a cache while it streams sees the call's config.
+
+        It looks only where this wrapper would: it and the model have the same `cache`.
+        """
+        same = self.cache is self.inner.cache
+        with seen_config(entry.config), contextlib.nullcontext() if same else consulted_by_core(self.inner):
+            yield
+
+    def _generate_with_cache(self, *args: Any, **kwargs: Any) -> ChatResult:
+        with consulted_by_core(self.inner):  # by this wrapper: the model inside need not look again
+            return super()._generate_with_cache(*args, **kwargs)
+
+    async def _agenerate_with_cache(self, *args: Any, **kwargs: Any) -> ChatResult:
+        with consulted_by_core(self.inner):
+            return await super()._agenerate_with_cache(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
 from typing import Any, Generic, TypeVar
 
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import var_child_runnable_config
+
 from langchain_aegis.admission import Admission, Wait
-from langchain_aegis.errors import AegisDeadlineError
+from langchain_aegis.errors import AegisConfigError, AegisDeadlineError
 from langchain_aegis.flights import Flights, Seat
-from langchain_aegis.scope import Scope, aegis_scope
+from langchain_aegis.scope import Scope, aegis_scope, current, who
+from langchain_aegis.settings import AegisSettings
 from langchain_aegis.tickets import Ticket
 from langchain_aegis.wakers import running_loop
+
+OF_A_RUN = ("__", "checkpoint", "thread_id")  # names in `configurable` that differ from run to run of a graph
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -31,10 +38,11 @@ class Entry(Generic[T]):
         many: Stands for several prompts; only the first one uses it.
         blocking: Made by a synchronous call; inside a running event loop it must not wait for another's call, which
             that loop may have to finish.
+        config: The call's own config, which LangChain shows to nobody.
     """
 
-    __slots__ = ("_chunks", "_seat", "_ticket", "admission", "claimed", "deadline", "flights", "many", "may_share",
-                 "opened", "owner", "wait")  # fmt: skip
+    __slots__ = ("_chunks", "_seat", "_ticket", "admission", "claimed", "config", "deadline", "flights", "many",
+                 "may_share", "opened", "owner", "wait")  # fmt: skip
 
     def __init__(
         self,
@@ -46,6 +54,7 @@ class Entry(Generic[T]):
         *,
         many: bool = False,
         blocking: bool = False,
+        config: RunnableConfig | None = None,
     ) -> None:
         self.owner = owner
         self.admission = admission
@@ -54,6 +63,7 @@ class Entry(Generic[T]):
         self.deadline = None if deadline_s is None else time.monotonic() + deadline_s
         self.many = many
         self.may_share = wait == "refuse" and not many and not (blocking and running_loop() is not None)
+        self.config = config
         self.claimed = False  # the call has reached the model
         self.opened = True
         self._ticket: Ticket | None = None
@@ -218,6 +228,29 @@ def scoped(scope: Scope) -> AbstractContextManager[object]:
     return aegis_scope(tenant=scope.tenant, user=scope.user, task=scope.task)
 
 
-def whose(scope: Scope) -> tuple[str | None, str | None, str | None]:
-    """Return what two calls must have in common to share one."""
-    return scope.tenant, scope.user, scope.task
+def whose(config: RunnableConfig | None) -> Hashable | None:
+    """Return what two calls must have in common to share one; None when that cannot be told.
+
+    Tenant, user and task, and the whole `configurable` of the run: an application may keep its tenant there under a
+    name that nobody has told us. Only what differs in every run of a graph is left out.
+    """
+    try:
+        tenant, user = who(*_keys())
+    except AegisConfigError:  # somebody is named who cannot be: the cache will say so
+        return None
+    around = var_child_runnable_config.get()
+    configurable = {
+        **((around or {}).get("configurable") or {}),
+        **((config or {}).get("configurable") or {}),
+    }
+    told = {k: v for k, v in configurable.items() if not k.startswith(OF_A_RUN)}
+    return tenant, user, current().task, repr(sorted(told.items())) if told else ""
+
+
+@functools.cache
+def _keys() -> tuple[str | None, str | None]:
+    try:
+        settings = AegisSettings.from_env()
+    except AegisConfigError:  # said by whoever needs that setting
+        settings = AegisSettings()
+    return settings.tenant_key, settings.user_key

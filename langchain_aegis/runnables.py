@@ -18,7 +18,7 @@ from langchain_aegis.admission import Admission, Wait
 from langchain_aegis.batching_chat import BatchingChatModel
 from langchain_aegis.batching_embeddings import BatchingEmbeddings
 from langchain_aegis.bulk import Bulk
-from langchain_aegis.calls import Entry, scoped, whose
+from langchain_aegis.calls import OF_A_RUN, Entry, scoped, whose
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flights import Flights
 from langchain_aegis.scope import current
@@ -135,16 +135,14 @@ class BatchingRunnable(Bulk, RunnableSerializable[Any, Any]):
     ) -> RunnableConfig | None:
         """Take a place for the call; returns the config of a call that belongs to nobody, if it may be shared."""
         same = self.key(input) if self.key is not None and entry.may_share and current().cache == "use" else None
-        if same is None:
+        asker = None if same is None else whose(config)
+        if asker is None:
             entry.take(None)
             return None
-        configurable = {
-            name: value
-            for name, value in ensure_config(config).get("configurable", {}).items()
-            if not name.startswith(("__", "checkpoint"))  # a graph's own, different in every run
-        }
-        entry.take((same, repr(sorted(configurable.items())), repr(sorted(kwargs.items())), whose(current())))
-        return {"configurable": configurable}
+        entry.take((same, repr(sorted(kwargs.items())), asker))
+        own = ensure_config(config).get("configurable", {})
+        # All who share the call have these in common; what a graph adds would tie it to one of its runs.
+        return {"configurable": {name: value for name, value in own.items() if not name.startswith(OF_A_RUN)}}
 
     # It presents itself as the Runnable inside.
 

@@ -24,6 +24,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import tool
+from langchain_core.tracers._streaming import _StreamingCallbackHandler
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_ollama import ChatOllama
 from langchain_tests.unit_tests import ChatModelUnitTests
@@ -41,8 +42,11 @@ from langchain_aegis import (
     batching,
     batching_chat,
 )
+from langchain_aegis.replays import StreamEntry
+from langchain_aegis.scope import who as who_asks
 
 LONG_S = 20.0
+
 _flights = batching_chat._flights
 who = contextvars.ContextVar("who", default="nobody")
 
@@ -203,6 +207,7 @@ ENTRIES = {
     "generate": lambda m: asyncio.to_thread(m.generate, [[HumanMessage("q")]]),
     "agenerate": lambda m: m.agenerate([[HumanMessage("q")], [HumanMessage("r")]]),
     "astream_events": lambda m: consume(m.astream_events("q", version="v2")),
+    "stream_events": lambda m: asyncio.to_thread(lambda: list(m.stream_events("q", version="v3"))),
     "bound": lambda m: m.bind_tools([weather]).ainvoke("q"),
     "chain": lambda m: (ChatPromptTemplate.from_messages([("human", "{q}")]) | m).ainvoke({"q": "q"}),
 }
@@ -412,6 +417,30 @@ async def test_calls_are_shared_within_a_tenant_only(one, other, calls):
     await merged(ask(one), ask(other), gate=gate)
     assert len(wrapper.inner.calls) == calls
     assert idle(wrapper)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "calls"),
+    [
+        ({"tenant_id": "a"}, {"tenant_id": "b"}, 2),
+        ({"tenant_id": "a"}, {}, 2),
+        ({"org": "a"}, {"org": "b"}, 2),  # whatever an application calls its tenant
+        ({"tenant_id": "a", "thread_id": "1"}, {"tenant_id": "a", "thread_id": "2"}, 1),
+        ({"tenant_id": " "}, {"tenant_id": " "}, 2),  # names nobody
+    ],
+)
+@pytest.mark.parametrize("way", ["direct", "chain"])
+async def test_a_tenant_in_the_config_is_not_shared_with_another(one, other, calls, way):
+    gate = asyncio.Event()
+    wrapper = BatchingChatModel(Fake(temperature=0, gate=gate))
+
+    async def same(x):
+        return x
+
+    runnable = wrapper if way == "direct" else RunnableLambda(same) | wrapper
+    asks = [lambda c=c: runnable.ainvoke("q", {"configurable": c}) for c in (one, other)]
+    await merged(*asks, gate=gate)
+    assert len(wrapper.inner.calls) == calls
 
 
 async def test_the_wrappers_own_cache_decides_about_sharing():
@@ -729,6 +758,40 @@ def test_wrappers_of_one_server_share_its_bounds():
     assert one.admission is two.admission is not other.admission
     assert one.admission.max_concurrency == 2
     assert BatchingChatModel(Fake()).admission is not BatchingChatModel(Fake()).admission
+
+
+class Looking(Fake):
+    """Looks into LangChain's cache while it streams, as ChatAegis does."""
+
+    def _stream(self, messages, stop=None, run_manager=None, **kwargs):
+        self.seen.append((StreamEntry.applies(self), who_asks("tenant_id", None)[0]))
+        yield from super()._stream(messages, stop, run_manager, **kwargs)
+
+
+def test_a_model_that_looks_into_a_cache_does_so_once_and_sees_the_config():
+    handler = StreamHandler()
+    config = {"configurable": {"tenant_id": "acme"}}
+    wrapper = BatchingChatModel(Looking())
+    list(wrapper.stream("q", config))  # LangChain does not look for streams
+    wrapper.invoke("q", {**config, "callbacks": [handler]})  # LangChain has looked before it streams
+    list(BatchingChatModel(wrapper.inner, cache=False).stream("q", config))
+    assert [s for s in wrapper.inner.seen if isinstance(s, tuple)] == [(True, "acme"), (False, "acme"), (False, "acme")]
+    assert handler.tokens > 0
+
+
+class StreamHandler(BaseCallbackHandler, _StreamingCallbackHandler):
+    """Makes LangChain stream an `invoke`."""
+
+    tokens = 0
+
+    def tap_output_aiter(self, run_id, output):
+        return output
+
+    def tap_output_iter(self, run_id, output):
+        return output
+
+    def on_llm_new_token(self, token, **kwargs):
+        self.tokens += 1
 
 
 class TestStandard(ChatModelUnitTests):
