@@ -32,6 +32,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+try:
+    import starlette  # noqa: F401
+    import uvicorn  # noqa: F401
+except ImportError as exc:
+    raise ImportError(f"{exc}; run: pip install 'langchain-aegis[testing]'", name=exc.name) from exc
+
 from langchain_aegis.embedded.scripted import DEFAULT_MODELS, Counters, ScriptedEngine, ScriptedModel
 from langchain_aegis.embedded.wire import OllamaWire
 from langchain_aegis.embedded.wire_faults import Fault, FaultKind, Seen

@@ -218,17 +218,15 @@ class TestGeneration:
         assert answer.json()["done"]
 
     async def test_concurrent_requests_keep_apart(self, url: str) -> None:
-        names = ["Ada", "Bob", "Cleo", "Dan", "Eve", "Finn"]
+        names = ["Zebulon", "Quentin", "Xanthe", "Wilhelmina", "Ottokar", "Ulrike"]
         async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as client:
-
-            async def one(name: str) -> str:
-                answer = await client.post("/api/chat", json=ask(f"Repeat the name {name}.", stream=False))
-                return str(answer.json()["message"]["content"])
-
-            together = await asyncio.gather(*map(one, names))
-            alone = [await one(name) for name in names[:2]]
-        assert together[:2] == alone
-        assert all(name in text for name, text in zip(names, together, strict=True)) or len(set(together)) > 3
+            bodies = [ask(f"Repeat the name {name}.", stream=False) for name in names]
+            answers = await asyncio.gather(*(client.post("/api/chat", json=body) for body in bodies))
+        texts = [str(answer.json()["message"]["content"]) for answer in answers]
+        for name, text in zip(names, texts, strict=True):
+            assert not [other for other in names if other != name and other in text]
+        # The small model does not always do what it is told.
+        assert sum(name in text for name, text in zip(names, texts, strict=True)) >= 3
 
 
 class TestModels:

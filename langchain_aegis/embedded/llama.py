@@ -38,12 +38,13 @@ _PROMPT_CACHE_MIB = 256  # prompts that lost their slot are kept in memory, as O
 _TEMPLATE = "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
 _CHAT = ModelCard(
     name="smollm2:135m", capabilities=("completion",), context_length=8192, embedding_length=576, family="llama",
-    parameter_size="134.52M", quantization="Q4_1", file_bytes=98_371_072, template=_TEMPLATE, license="Apache-2.0",
+    parameter_size="134.52M", quantization="Q4_1", file_bytes=98_362_432, template=_TEMPLATE, license="Apache-2.0",
     digest="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )  # fmt: skip
 _EMBEDDING = ModelCard(
     name="all-minilm:latest", capabilities=("embedding",), context_length=256, embedding_length=384, family="bert",
-    parameter_size="22.57M", quantization="INT8", file_bytes=22_972_370, license="Apache-2.0",
+    parameter_size="22.57M", quantization="INT8", file_bytes=22_928_619, license="Apache-2.0",
+    digest="8199be6f699a395f99f89df973f9dc5285fbcfcdb2ae1a4e1201dab014f3d2a6",
 )  # fmt: skip
 _DIED = (
     "model runner has unexpectedly stopped, this may be due to resource limitations or an internal error, check "
@@ -60,11 +61,11 @@ class LlamaEngine:
     are not supported, as with an Ollama model whose template has none.
     """
 
-    def __init__(self, server: Any, address: str, key: str) -> None:
+    def __init__(self, server: Any, key: str) -> None:
         self._server = server  # lives as long as it is referenced
         self._slots = Slots(SLOTS)
         self._client = httpx.AsyncClient(
-            base_url=address,
+            base_url=server.listening_address,
             headers={"Authorization": f"Bearer {key}"},
             timeout=httpx.Timeout(None, connect=10),  # reading a long prompt takes as long as it takes
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=SLOTS),
@@ -84,7 +85,7 @@ class LlamaEngine:
         """
         key = secrets.token_hex(16)
         server = await asyncio.to_thread(_llama_server, weights, key)
-        return cls(server, server.listening_address, key)
+        return cls(server, key)
 
     @property
     def cards(self) -> Sequence[ModelCard]:
