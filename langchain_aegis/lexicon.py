@@ -13,6 +13,7 @@ from typing import Any
 _DATA = files("langchain_aegis") / "data"
 _FILES = ("languages.toml", "guards.toml", "opposites.toml", "synonyms.toml")
 LANGUAGES = ("", "en", "de", "fr", "es", "it", "nl", "pt")  # a profile stores the position; "" is undecided
+SYMMETRIC, AUXILIARY, AGENT = 8, 16, 32  # "and", "between"; "was" and "by" of a passive
 MODES = ("strict", "balanced", "lenient")
 
 
@@ -22,6 +23,7 @@ class Word:
 
     number: int  # of the form in the lexicon, from 1; 0 while it has no content of its own
     stop: bool = False
+    frame: int = 0  # of a form without content: a number from 1 to 255 that tells it from most others
     negation: bool = False
     soft_negation: bool = False
     question: str = ""
@@ -30,10 +32,14 @@ class Word:
     ordinal: int | None = None
     weak: bool = False
     unit: tuple[str, float] | None = None
-    exclusive: tuple[tuple[int, int], ...] = ()  # (group, class)
-    opposites: tuple[tuple[int, int], ...] = ()  # (pair, side 1 or 2)
+    exclusive: tuple[int, ...] = ()  # 128 * set + class
+    opposites: tuple[int, ...] = ()  # 2 * pair + side
     shape: int = 0  # bit of the wish about the answer's form
     direction: str = ""  # "from" | "to" | "convert"
+
+
+# Second word -> (the words after it, the phrase as one form), the longest first.
+Phrases = dict[str, list[tuple[tuple[str, ...], Word]]]
 
 
 @dataclass(slots=True)
@@ -42,8 +48,7 @@ class Table:
 
     words: dict[str, Word] = field(default_factory=dict)
     stems: dict[str, Word] = field(default_factory=dict)
-    # first word, or its stem -> (the words that follow, the phrase's key in `words`), longest first
-    phrases: dict[str, list[tuple[tuple[str, ...], str]]] = field(default_factory=dict)
+    phrases: dict[str, Phrases] = field(default_factory=dict)  # by first word and by its stem
 
 
 @dataclass(slots=True)
@@ -52,7 +57,7 @@ class Lexicon:
 
     fingerprint: bytes  # 2 bytes; numbers in a stored profile mean something only under the same one
     tables: dict[str, Table]
-    votes: dict[str, int]  # form -> bit per position in LANGUAGES
+    votes: dict[str, int]  # form -> the sum of 1 << 16 * position in LANGUAGES
     related: dict[int, frozenset[int]]  # number of a form -> numbers of the forms that may stand for it
     graded: frozenset[int]  # members of pairs of opposites
     canonical: dict[int, int]  # number of a form -> the one that stands for it and its synonyms
@@ -60,16 +65,14 @@ class Lexicon:
     category: frozenset[int]  # what a name may be introduced with
     implied: tuple[frozenset[int], ...]  # per question code: what its question word asks for already
     particular: dict[int, frozenset[int]]  # number of a member of exclusive sets -> the sets
-    conflicts: frozenset[tuple[str, str]]
+    conflicts: frozenset[tuple[int, int]]  # positions in `questions`
     questions: tuple[str, ...]  # codes of question words; a profile stores the position
     shapes: tuple[str, ...]
     groups: tuple[str, ...]  # names of the exclusive sets
     yes_no: dict[str, dict[str, str]]  # per language: first word -> question code
     separable: frozenset[str]
-    not_prefixed: frozenset[str]
-    symmetric: frozenset[str]
-    passive_aux: frozenset[str]
-    passive_by: frozenset[str]
+    not_prefixed: tuple[str, ...]
+    marks: dict[str, int]  # form -> sum of SYMMETRIC, AUXILIARY, AGENT
 
 
 def read(name: str) -> dict[str, Any]:
@@ -200,12 +203,11 @@ class _Builder:
         for group, text in enumerate(guards["exclusive"].values()):
             for number, members in enumerate(text.split("|")):
                 for word in self._set(members.split(), ("en", "de")):
-                    word.exclusive = (*word.exclusive, (group, number))
+                    word.exclusive = (*word.exclusive, group * 128 + number)
         for pair, line in enumerate(read("opposites.toml")["pairs"].strip().splitlines()):
-            for side, members in enumerate(line.split("|"), start=1):
+            for side, members in enumerate(line.split("|")):
                 for word in self._set(members.split(), ("en", "de")):
-                    if (pair, side) not in word.opposites:
-                        word.opposites = (*word.opposites, (pair, side))
+                    word.opposites = (*word.opposites, pair * 2 + side)
         shapes = tuple(guards["shape"])
         for bit, text in enumerate(guards["shape"].values()):
             for word in self._add(text.split()):
@@ -229,6 +231,8 @@ class _Builder:
                 word.direction = word.direction or kind
         for language, table in self.tables.items():
             _index(table, language)
+            for order, word in enumerate(word for word in table.words.values() if word.stop):
+                word.frame = order % 255 + 1
         raw = b"".join((_DATA / name).read_bytes() for name in _FILES)
         return Lexicon(
             fingerprint=hashlib.blake2b(raw, digest_size=2).digest(),
@@ -243,21 +247,19 @@ class _Builder:
             category=frozenset(category),
             implied=tuple(implied.get(code, frozenset()) for code in questions),
             particular={
-                word.number: frozenset(group for group, _ in word.exclusive)
+                word.number: frozenset(code >> 7 for code in word.exclusive)
                 for table in self.tables.values()
                 for word in table.words.values()
                 if word.exclusive
             },
-            conflicts=_conflicts(guards["question_words"]["conflicts"]),
+            conflicts=_conflicts(guards["question_words"]["conflicts"], questions),
             questions=questions,
             shapes=shapes,
             groups=groups,
             yes_no={language: _first_words(guards["question_words"], language) for language in self.tables},
             separable=frozenset(synonyms["phrases"]["separable"].split()),
-            not_prefixed=frozenset(guards["negation"]["not_prefixed"].split()),
-            symmetric=frozenset(direction["symmetric"].split()),
-            passive_aux=frozenset(direction["passive_aux"].split()),
-            passive_by=frozenset(direction["passive_by"].split()),
+            not_prefixed=tuple(guards["negation"]["not_prefixed"].split()),
+            marks=_marks(direction),
         )
 
     def _negations(self, data: dict[str, str]) -> None:
@@ -333,15 +335,24 @@ def _index(table: Table, language: str) -> None:
         if "_" not in form:
             table.stems.setdefault(stem(form, language), word)
             continue
-        first, *rest = form.split("_")
+        first, second, *rest = form.split("_")
         for key in {first, stem(first, language)}:
-            table.phrases.setdefault(key, []).append((tuple(rest), form))
-    for rests in table.phrases.values():
-        rests.sort(key=lambda found: len(found[0]), reverse=True)
+            table.phrases.setdefault(key, {}).setdefault(second, []).append((tuple(rest), word))
+    for following in table.phrases.values():
+        for found in following.values():
+            found.sort(key=lambda phrase: len(phrase[0]), reverse=True)
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
     return [(form, value) for form, _, value in (item.rpartition("=") for item in text.split())]
+
+
+def _marks(data: dict[str, str]) -> dict[str, int]:
+    marks: dict[str, int] = {}
+    for name, bit in (("symmetric", SYMMETRIC), ("passive_aux", AUXILIARY), ("passive_by", AGENT)):
+        for form in data[name].split():
+            marks[form] = marks.get(form, 0) | bit
+    return marks
 
 
 def _first_words(data: dict[str, str], language: str) -> dict[str, str]:
@@ -353,10 +364,10 @@ def _votes(data: dict[str, str]) -> dict[str, int]:
     votes: dict[str, int] = {}
     for language, text in data.items():
         for form in text.split():
-            votes[form] = votes.get(form, 0) | 1 << LANGUAGES.index(language)
+            votes[form] = votes.get(form, 0) | 1 << 16 * LANGUAGES.index(language)
     return votes
 
 
-def _conflicts(text: str) -> frozenset[tuple[str, str]]:
-    pairs = [tuple(item.split(":")) for item in text.split()]
+def _conflicts(text: str, questions: tuple[str, ...]) -> frozenset[tuple[int, int]]:
+    pairs = [tuple(map(questions.index, item.split(":"))) for item in text.split()]
     return frozenset({(a, b) for a, b in pairs} | {(b, a) for a, b in pairs})

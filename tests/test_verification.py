@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from langchain_aegis.verification import GUARDS, Profile, compare, profile, thresholds
 
 KEY = b"a key of the tests"
+profile("")  # reads the lexicon, so that no example pays for it
 VOCABULARY = (
     "How do I enable disable not 30 minutes from Paris to Rome the Redis v2.4 three reasons € 500 Frage wie lange "
     'über kein "orders" parse_config non-members 18-year-old briefly in a table turn off July May 5k 2 million'
@@ -81,7 +82,7 @@ def test_thresholds_name_what_was_measured() -> None:
         assert known
         assert 0.5 < value < 1
         assert not thresholds("somebody/else", mode)[1]
-    assert thresholds("x", "balanced")[0] == 0.92
+    assert thresholds("bge-m3", "balanced") == (0.92, False)
     with pytest.raises(ValueError, match="mode"):
         thresholds("all-minilm", "bold")
 
@@ -91,3 +92,83 @@ def test_a_text_of_any_length_has_a_profile() -> None:
     one = profile(long, key=KEY)
     assert Profile.decode(one.encode()) == one
     assert compare(one, profile(long + "x", key=KEY)) != ()
+
+
+BLOCKED = [
+    ("How far may the drone fly with 3 batteries?", "How far may the drone fly with 4 batteries?", "number"),
+    ("How do I move from release 2.1 to 2.2?", "How do I move from release 2.1 to 2.3?", "number"),
+    ("Is the lamp free for orders over 1,000 pieces?", "Is the lamp free for orders over 10,000 pieces?", "number"),
+    ("Who wrote the third letter?", "Who wrote the second letter?", "number"),
+    ("Wie lange reichen 5 Liter Farbe?", "Wie lange reichen 5 Milliliter Farbe?", "quantity"),
+    ("May the tank be empty for 2 hours?", "May the tank be empty for 2 days?", "quantity"),
+    ("What does render_page return?", "What does render_form return?", "identifier"),
+    ("Explain the option --quiet", "Explain the option --force", "identifier"),
+    ('What is in column "owner"?', 'What is in column "holder"?', "identifier"),
+    ("Who maintains order LN-4711?", "Who maintains order LN-4771?", "identifier"),
+    ("How do I loop in C?", "How do I loop in C++?", "identifier"),
+    ("Which valves are tested?", "Which valves are not tested?", "negation"),
+    ("Welche Ventile sind geprüft?", "Welche Ventile sind nicht geprüft?", "negation"),
+    ("Where are stamped parcels kept?", "Where are unstamped parcels kept?", "negation"),
+    ("How do I enable the alarm?", "How do I disable the alarm?", "antonym"),
+    ("How do I turn the siren on?", "How do I turn the siren off?", "antonym"),
+    ("Wie erhöhe ich die Lautstärke?", "Wie senke ich die Lautstärke?", "antonym"),
+    ("Which event is in July?", "Which event is in August?", "exclusive"),
+    ("How do I restart it in production?", "How do I restart it in staging?", "exclusive"),
+    ("What is the fare in euros?", "What is the fare in Swiss francs?", "exclusive"),
+    ("Läuft das Programm unter Windows?", "Läuft das Programm unter Linux?", "exclusive"),
+    ("Do I need a visa for Norway?", "Do I need a visa for Peru?", "exclusive"),
+    ("When is the ferry cleaned?", "Where is the ferry cleaned?", "question_word"),
+    ("Why is the door open?", "Is the door open?", "question_word"),
+    ("How do I get from Graz to Linz?", "How do I get from Linz to Graz?", "direction"),
+    ("Convert pesos to yen", "Convert yen to pesos", "direction"),
+    ("Does the pump feed the boiler?", "Does the boiler feed the pump?", "order"),
+    ("Which views use the tables of March?", "Which views are used by the tables of March?", "order"),
+    ("Explain tides briefly", "Explain tides in detail", "shape"),
+    ("List the moons as JSON", "List the moons in a table", "shape"),
+    ("Explain tides", "Explain tides for children", "shape"),
+    ("Give me four reasons to swim", "Give me reasons to swim", "number"),
+    ("Who leads Siemensberg?", "Who leads Boschtal?", "entity"),
+    ("How do I wash a jacket?", "How do I wash a scarf?", "substitution"),
+    ("Wie wasche ich eine Jacke?", "Wie wasche ich einen Schal?", "substitution"),
+    ("What covers the policy?", "What covers the ladder policy?", "restriction"),
+    ("How deep is the lake?", "Which bakery sells rye?", "topic"),
+    ("How do I reset the router?", "Wie setze ich den Router zurück?", "language"),
+    ("Where is the museum?", "Wo ist das Museum?", "language"),
+]
+
+
+@pytest.mark.parametrize(("cached", "new", "code"), BLOCKED)
+def test_a_difference_that_changes_the_answer_is_named(cached: str, new: str, code: str) -> None:
+    assert code in reasons(cached, new)
+
+
+@pytest.mark.parametrize(
+    ("cached", "new"),
+    [
+        ("How do I reserve a kayak?", "How can I book a kayak?"),
+        ("How do I reserve a kayak?", "Hello, quick question: how do I reserve a kayak? Thanks!"),
+        ("How do I reserve a kayak?", "How do I resreve a kayak"),
+        ("Where is the boat house?", "What is the location of the boat house?"),
+        ("What does a guide cost?", "How much is a guide?"),
+        ("Can four persons share a tent?", "Can 4 people share a tent?"),
+        ("Is there a raft for 6 persons?", "Is there a six-person raft?"),
+        ("May an 18-year-old rent a boat?", "May an 18 year old rent a boat?"),
+        ("Do I get fifteen percent off?", "Do I get 15 % off?"),
+        ("What is the price for non-members?", "What is the price if I am not a member?"),
+        ("I can't remember my passphrase", "I forgot my passphrase"),
+        ("Which maps does the guide use?", "Which maps are used by the guide?"),
+        ("On the river, which rules hold?", "Which rules hold on the river?"),
+        ("How long is a warranty of 24 months?", "How long is a warranty of 2 years?"),
+        ("How do I log in?", "How do I sign in?"),
+        ("What is the charge per month?", "What is the monthly charge?"),
+        ("Wie buche ich ein Kajak?", "Wie kann ich ein Kajak reservieren?"),
+        ("Was kostet das Zelt pro Tag?", "Was kostet das Zelt täglich?"),
+    ],
+)
+def test_another_way_to_ask_the_same_is_served(cached: str, new: str) -> None:
+    assert reasons(cached, new) == ()
+
+
+def test_one_undecided_language_blocks_nothing() -> None:
+    assert "language" not in reasons("Kayak tours?", "Which kayak tours exist?")
+    assert "language" in reasons("Quelle est la longueur du lac ?", "What is the length of the lake?")

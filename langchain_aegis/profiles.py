@@ -1,0 +1,434 @@
+"""What a question says, in the form in which two questions are compared.
+
+A profile holds codes of a closed vocabulary and short keyed digests, no words, so that it may lie in a database.
+English and German; of other languages it holds what needs no vocabulary.
+"""
+
+from __future__ import annotations
+
+import struct
+import unicodedata
+from collections.abc import Sequence
+from functools import lru_cache
+from hashlib import blake2b
+from typing import NamedTuple
+
+from langchain_aegis.lexicon import AGENT, AUXILIARY, LANGUAGES, SYMMETRIC, Phrases, Word, lexicon
+from langchain_aegis.tokens import (
+    CODE,
+    GREETING,
+    GROUPED,
+    NAME,
+    NUMBER,
+    NUMERIC,
+    SYMBOL,
+    TOKEN,
+    VERSION_TAG,
+    Form,
+    forms_of,
+)
+
+_VERSION = 1
+_MAX_CHARACTERS = 16_384  # of a text; what follows counts as one identifier
+NEGATED, DENYING = 1, 2  # an odd number of negations; a word that denies without one
+PASSIVE = 4  # with its agent; SYMMETRIC, "and", "between" and the like, comes from the lexicon
+DIGEST = 0x800000  # set in the number of a term that is a digest, clear in that of a form of the lexicon
+
+
+class Profile(NamedTuple):
+    """What the guards compare. Holds codes of a closed vocabulary and short keyed digests, no words.
+
+    A term is a word with content: the number of a form in the lexicon, or a digest of the word's stem.
+    """
+
+    language: int  # position in LANGUAGES
+    question: int  # position in the lexicon's question codes
+    flags: int  # sum of NEGATED, DENYING, PASSIVE, SYMMETRIC
+    shape: int  # one bit per wish about the answer's form
+    source: int  # term after "from"; -1 if none
+    target: int  # term after "to"; -1 if none
+    order: tuple[int, ...]  # the terms, as they follow each other
+    terms: frozenset[int]
+    numbers: frozenset[int]
+    weak_numbers: frozenset[int]
+    quantities: frozenset[int]
+    names: frozenset[int]
+    identifiers: frozenset[int]
+    exclusive: frozenset[int]  # 128 * set + class
+    opposites: frozenset[int]  # 2 * pair + side
+    frame: bytes  # sorted codes of the words without content
+    spellings: tuple[tuple[int, int], ...]  # (position in order, a digest that survives swapped and doubled letters)
+
+    def encode(self) -> bytes:
+        """Return the profile as bytes for a record; `decode` reads them."""
+        sets = (self.numbers, self.weak_numbers, self.quantities, self.names, self.identifiers)
+        wide = (self.order, *map(sorted, sets))
+        narrow = (sorted(self.exclusive), sorted(self.opposites), [part for pair in self.spellings for part in pair])
+        counts = [len(part) for part in (*wide, *narrow, self.frame)]
+        head = (_VERSION, lexicon().fingerprint, self.language, self.question, self.flags, self.shape)
+        return b"".join(
+            (
+                _HEAD.pack(*head, self.source, self.target, *counts),
+                b"".join(term.to_bytes(3, "big") for part in wide for term in part),
+                struct.pack(f">{sum(map(len, narrow))}H", *(code for part in narrow for code in part)),
+                self.frame,
+            )
+        )
+
+    @staticmethod
+    def decode(data: bytes) -> Profile:
+        """Return the profile that `encode` wrote.
+
+        Raises:
+            ValueError: Other bytes, or those of another version of the lexicon.
+        """
+        try:
+            version, fingerprint, *codes = _HEAD.unpack_from(data)
+        except struct.error as exc:
+            raise ValueError("not a profile: too short") from exc
+        if version != _VERSION or fingerprint != lexicon().fingerprint:
+            raise ValueError("the profile is of another version")
+        language, question, flags, shape, source, target, *counts = codes
+        middle = _HEAD.size + 3 * sum(counts[:_WIDE_PARTS])
+        end = middle + 2 * sum(counts[_WIDE_PARTS:-1])
+        if len(data) != end + counts[-1]:
+            raise ValueError("not a profile: wrong length")
+        terms = [int.from_bytes(data[at : at + 3], "big") for at in range(_HEAD.size, middle, 3)]
+        short = struct.unpack_from(f">{(end - middle) // 2}H", data, middle)
+        order, numbers, weak, quantities, names, identifiers = _cut(terms, counts[:_WIDE_PARTS])
+        exclusive, opposites, spelled = _cut(short, counts[_WIDE_PARTS:-1])
+        profile = Profile(
+            language=language,
+            question=question,
+            flags=flags,
+            shape=shape,
+            source=source,
+            target=target,
+            order=tuple(order),
+            terms=frozenset(order),
+            numbers=frozenset(numbers),
+            weak_numbers=frozenset(weak),
+            quantities=frozenset(quantities),
+            names=frozenset(names),
+            identifiers=frozenset(identifiers),
+            exclusive=frozenset(exclusive),
+            opposites=frozenset(opposites),
+            frame=bytes(data[end:]),
+            spellings=tuple(zip(spelled[::2], spelled[1::2], strict=False)),
+        )
+        # Order inside the sets, repeated members and codes out of range all show here.
+        if language >= len(LANGUAGES) or question >= len(lexicon().questions) or profile.encode() != data:
+            raise ValueError("not a profile: not as written")
+        return profile
+
+
+_WIDE_PARTS = 6  # of three bytes a term; then three parts of two bytes a code, then bytes
+_HEAD = struct.Struct(">B2sBBBIii10H")
+
+
+def _cut(values: Sequence[int], sizes: Sequence[int]) -> list[Sequence[int]]:
+    """Split `values` into consecutive parts of the given sizes."""
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(values[start : start + size])
+        start += size
+    return parts
+
+
+def profile(text: str, *, key: bytes = b"") -> Profile:
+    """Return what the guards need to know about `text`.
+
+    Args:
+        text: A question. Some hundred characters are meant; more is only slower.
+        key: At most 64 bytes. With a secret key nobody can test by the digests whether a word was in the question.
+
+    Returns:
+        A profile, comparable with those made with the same key.
+    """
+    return _Reader(text, key).read()
+
+
+@lru_cache(maxsize=1 << 15)
+def _digest(text: str, key: bytes) -> int:
+    """Return 23 bits that stand for `text`, marked as a digest."""
+    return (
+        int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=3, key=key).digest(), "big") | DIGEST
+    )
+
+
+@lru_cache(maxsize=1 << 15)
+def _spelling(low: str, key: bytes) -> int:
+    """Return 16 bits that stay the same when neighbouring letters are swapped, doubled or halved."""
+    skeleton = low[0] + "".join(sorted(set(low)))
+    return int.from_bytes(blake2b(skeleton.encode("utf-8", "surrogatepass"), digest_size=2, key=key).digest(), "big")
+
+
+def _language(tokens: list[str]) -> int:
+    """Return the position in LANGUAGES of the language that most of the common words belong to; 0 if undecided."""
+    votes = lexicon().votes
+    total = 0
+    for token in tokens:
+        total += votes.get(token) or votes.get(token.lower(), 0)
+    if not total:
+        return _GERMAN if any(not _NO_UMLAUT.isdisjoint(token) for token in tokens) else 0
+    scores = [total >> 16 * position & 0xFFFF for position in range(len(LANGUAGES))]
+    best = max(scores)
+    return scores.index(best) if scores.count(best) == 1 else 0
+
+
+_GERMAN = LANGUAGES.index("de")
+_NO_UMLAUT = frozenset("äöüßÄÖÜ")
+
+
+class _Reader:
+    """Reads one text from its first token to its last."""
+
+    def __init__(self, text: str, key: bytes) -> None:
+        if not text.isascii():
+            text = unicodedata.normalize("NFC", text).replace("’", "'")
+        greeting = GREETING.match(text)
+        if greeting:
+            text = text[greeting.end() :]
+        rest = text[_MAX_CHARACTERS:]
+        if rest:
+            text = text[:_MAX_CHARACTERS]
+        tokens = TOKEN.findall(text)
+        self.key = key
+        self.language = _language(tokens)
+        self.tongue = "de" if self.language == _GERMAN else "en"
+        tongue = self.tongue
+        self.forms = [form for token in tokens for form in forms_of(token, tongue)]
+        self.words = lexicon().tables[tongue].words
+        self.order: list[int] = []
+        self.numbers: set[int] = set()
+        self.weak: set[int] = set()
+        self.quantities: set[int] = set()
+        self.names: set[int] = set()
+        self.identifiers: set[int] = set()
+        self.exclusive: set[int] = set()
+        self.opposites: set[int] = set()
+        self.spellings: list[tuple[int, int]] = []
+        self.frame: list[int] = []
+        self.shape = self.negations = self.soft = self.marks = 0
+        self.question = ""
+        self.source = self.target = -1
+        self.pending = ""  # "from" or "to": what the next term is
+        self.converts = False
+        self.skip: list[int] = []  # particles that were taken with their verb
+        for extra in (rest, "".join(SYMBOL.findall(text))):
+            if extra:
+                self._add(_digest(extra, key), self.identifiers)
+
+    def read(self) -> Profile:
+        """Return the profile."""
+        at, forms, frame = 0, self.forms, self.frame
+        size = len(forms)
+        if size:
+            self.question = lexicon().yes_no[self.tongue].get(forms[0].low, "")
+        while at < size:
+            form = forms[at]
+            word = form.word
+            if word is not None and word.frame:
+                frame.append(word.frame)
+            self.marks |= form.marks
+            if form.inert or at in self.skip:
+                at += 1
+                continue
+            if form.phrases:
+                used = self._phrase(at, form, form.phrases)
+                if used:
+                    at += used
+                    continue
+            if form.kind == NUMERIC or (word is not None and (word.value is not None or word.factor is not None)):
+                at = self._number(at)
+                continue
+            self._term(at, form)
+            at += 1
+        return self._profile()
+
+    def _phrase(self, at: int, form: Form, phrases: Phrases) -> int:
+        """Take the longest phrase that begins here; return how many tokens it has, 0 if there is none."""
+        forms = self.forms
+        if at + 1 < len(forms):
+            for rest, word in phrases.get(forms[at + 1].low, ()):
+                end = at + 2 + len(rest)
+                if tuple(other.low for other in forms[at + 2 : end]) == rest:
+                    self._word(word, form)
+                    if word.question == "count" and end < len(forms) and self._unit(forms[end].low):
+                        self.question = "units"  # "how many days" may be "how long"
+                    return end - at
+        if form.separable:
+            for later in range(at + 2, min(at + 6, len(forms))):
+                for rest, word in phrases.get(forms[later].low, ()):
+                    if not rest:
+                        self.skip.append(later)
+                        self._word(word, form)
+                        return 1
+        return 0
+
+    def _number(self, at: int) -> int:
+        """Take a number with its factor and unit; return the position after it."""
+        form = self.forms[at]
+        weak, value, unit, after = False, "", "", at + 1
+        if form.kind == NUMERIC:
+            match = NUMBER.match(form.low)
+            digits, suffix = match.groups() if match else (form.low, "")
+            if suffix in ("st", "nd", "rd", "th"):
+                self.numbers.add(_digest(f"#{digits}", self.key))
+                return after
+            value = _canonical(digits)
+            if suffix == "k":
+                value = _plain(_float(value) * 1000)
+            elif suffix in ("am", "pm"):
+                self._codes(self.words[f"#{suffix}"])
+            elif suffix and self._unit(suffix) is None:
+                word = self.words.get(form.low)
+                if word is not None:
+                    self._word(word, form)
+                else:
+                    self._add(_digest(form.low, self.key), self.identifiers)
+                return after
+            else:
+                unit = suffix
+        else:
+            word = form.word
+            assert word is not None  # noqa: S101
+            weak = word.weak
+            value = _plain(word.value if word.value is not None else word.factor or 0)
+        while after < len(self.forms):
+            word = self.forms[after].word
+            if word is None or unit:
+                break
+            if word.factor is not None:
+                value = _plain(_float(value) * word.factor)
+            elif form.kind != NUMERIC and word.value is not None and word.value < 10 <= _float(value) < 100:
+                value = _plain(_float(value) + word.value)
+            elif self.forms[after].low in ("am", "pm") and form.kind == NUMERIC:
+                self._codes(self.words[f"#{self.forms[after].low}"])
+            else:
+                break
+            weak, after = False, after + 1
+        if not unit and after < len(self.forms) and self._unit(self.forms[after].low) is not None:
+            unit = self.forms[after].low
+            after += 1
+        if unit:
+            dimension, factor = self._unit(unit) or ("", 1.0)
+            self.quantities.add(_digest(f"{dimension}:{_plain(_float(value) * factor)}", self.key))
+        else:
+            digest = _digest(value, self.key)
+            self.numbers.add(digest)
+            if weak:
+                self.weak.add(digest)
+        return after
+
+    def _unit(self, low: str) -> tuple[str, float] | None:
+        word = self.words.get(low)
+        return word.unit if word is not None else None
+
+    def _term(self, at: int, form: Form) -> None:
+        """Take one token that is no number."""
+        word = form.word
+        self.negations += form.denied
+        if form.kind == CODE:
+            if VERSION_TAG.fullmatch(form.low):
+                self.numbers.add(_digest(form.low[1:], self.key))
+            else:
+                self._add(_digest(form.stem, self.key), self.identifiers)
+            return
+        if word is not None:
+            letter = len(form.low) == 1 and form.capital and at and form.low != "i"
+            if not letter:
+                if len(form.low) > 4 and word.number and not word.stop:
+                    self.spellings.append((len(self.order), _spelling(form.low, self.key)))
+                self._word(word, form)
+                return
+        if len(form.low) == 1 and not form.capital:
+            return
+        digest = _digest(form.stem, self.key)
+        named = form.kind == NAME or (form.capital and at > 0 and self.tongue == "en")
+        if not named and len(form.low) > 4:
+            self.spellings.append((len(self.order), _spelling(form.low, self.key)))
+        self._add(digest, self.names if named else None)
+
+    def _word(self, word: Word, form: Form) -> None:
+        """Take a form, or a phrase, of the lexicon."""
+        self._codes(word)
+        self.negations += word.negation
+        self.soft |= word.soft_negation
+        if word.question and not self.question:
+            self.question = word.question
+        if word.ordinal is not None:
+            self.numbers.add(_digest(f"#{word.ordinal}", self.key))
+        if word.direction == "convert":
+            self.converts = True
+        elif word.direction:
+            if word.direction == "to" and self.converts and self.source < 0 and self.order:
+                self.source = self.order[-1]
+            self.pending = word.direction
+        if word.number and not word.stop:
+            self._add(word.number, None)
+        elif not word.stop and not word.direction and not word.question:
+            self._add(_digest(form.stem, self.key), None)
+
+    def _codes(self, word: Word) -> None:
+        self.shape |= word.shape
+        if word.exclusive:
+            self.exclusive.update(word.exclusive)
+        if word.opposites:
+            self.opposites.update(word.opposites)
+
+    def _add(self, term: int, kind: set[int] | None) -> None:
+        self.order.append(term)
+        if kind is not None:
+            kind.add(term)
+        if self.pending:
+            if self.pending == "from":
+                self.source = term
+            else:
+                self.target = term
+            self.pending = ""
+
+    def _profile(self) -> Profile:
+        passive = self.marks & AUXILIARY and self.marks & AGENT
+        order = tuple(self.order)
+        self.frame.sort()
+        return Profile(
+            language=self.language,
+            question=lexicon().questions.index(self.question or "command"),
+            flags=self.negations % 2 * NEGATED
+            | self.soft * DENYING
+            | (PASSIVE if passive else 0)
+            | self.marks & SYMMETRIC,
+            shape=self.shape,
+            source=self.source,
+            target=self.target,
+            order=order,
+            terms=frozenset(order),
+            numbers=frozenset(self.numbers),
+            weak_numbers=frozenset(self.weak),
+            quantities=frozenset(self.quantities),
+            names=frozenset(self.names),
+            identifiers=frozenset(self.identifiers),
+            exclusive=frozenset(self.exclusive),
+            opposites=frozenset(self.opposites),
+            frame=bytes(self.frame),
+            spellings=tuple(self.spellings),
+        )
+
+
+def _canonical(digits: str) -> str:
+    """Return a number as it is compared: without separators of thousands, with a decimal point."""
+    if GROUPED.fullmatch(digits):
+        return digits.replace(",", "").replace(".", "")
+    return digits.replace(",", ".")
+
+
+def _float(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        return 0.0
+
+
+def _plain(value: float) -> str:
+    return f"{value:.10g}"

@@ -1,0 +1,131 @@
+"""Cut a text into tokens, each with what the lexicon knows of it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from langchain_aegis.lexicon import Phrases, Table, Word, lexicon, stem
+
+TOKEN = re.compile(
+    r"""
+    "[^"\n]{1,80}" | „[^“”"\n]{1,80}[“”"] | “[^”\n]{1,80}” | `[^`\n]{1,80}`     # quoted
+    | (?<!\w)'[^'\s][^'\n]{0,80}'(?!\w)
+    | https?://\S+ | [\w.+-]{1,64}@[\w-]+\.[\w.-]*\w                     # addresses
+    | (?<!\S)--?[^\W\d][\w-]*                                       # options
+    | km/h | m/s | [cC]\+\+ | [cCfF]\#(?!\w)
+    | \d+(?:[.,:/]\d+)*(?:[^\W_]\w*)?                               # numbers and what hangs on them
+    | [^\W\d_]\w*(?:[-'./][^\W_]\w*)*                               # words, file names, compounds
+    | _\w+ | [%€$£¥₹&] | °[cfCF]
+    """,
+    re.VERBOSE,
+)
+# Of code and formulas, and pictures; not punctuation.
+SYMBOL = re.compile(r"[=<>{}\[\]^|\\~+*]|[^\w\s\x00-\x7f’‘‚“”„–—−…°€£¥₹§¿¡«»·•´]")
+NUMBER = re.compile(r"(\d+(?:[.,:/]\d+)*)(.*)", re.DOTALL)
+GROUPED = re.compile(r"\d{1,3}(?:[.,]\d{3})+")
+_INITIALS = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")
+_LETTERS = re.compile(r"[^\W\d_]+(?:[-/'][^\W\d_]+)*|[^\w\s].*|.", re.DOTALL)
+_INNER_CAPITAL = re.compile(r"[^\W\d_][^\W\d_]*[a-zß-ÿ][A-Z]|^[a-z]+[A-Z]")
+GREETING = re.compile(
+    r"\s*(?:good\s+|guten\s+)?(?:morning|afternoon|evening|day|morgen|tag|abend)\s*[!,.]\s*(?=\S)", re.I
+)
+_QUOTES = "\"'`„“”"
+VERSION_TAG = re.compile(r"v\d+(?:\.\d+)*")
+
+PLAIN, NUMERIC, CODE, NAME = range(4)
+
+
+@dataclass(slots=True)
+class Form:
+    """One token, looked up."""
+
+    low: str
+    stem: str
+    word: Word | None
+    kind: int
+    denied: bool = False  # "non-members": `stem` and `word` are those of "members"
+    capital: bool = False
+    phrases: Phrases | None = None  # that begin with this form
+    separable: bool = False  # their second word may come later
+    marks: int = 0
+    inert: bool = False  # says nothing that any guard looks at
+
+
+@lru_cache(maxsize=1 << 15)
+def forms_of(token: str, language: str) -> tuple[Form, ...]:
+    """Return what is known of a token; of its parts if it is a compound that nothing is known of."""
+    known = lexicon()
+    table = known.tables[language]
+    forms = _forms(token, language, table)
+    for form in forms:
+        form.phrases = table.phrases.get(form.low) or table.phrases.get(form.stem)
+        form.separable = form.low in known.separable or form.stem in known.separable
+        form.marks = known.marks.get(form.low, 0)
+        form.inert = form.word is not None and _is_inert(form, form.word)
+    return forms
+
+
+def _is_inert(form: Form, word: Word) -> bool:
+    if not word.stop or form.phrases or form.denied or (form.capital and len(form.low) == 1):
+        return False
+    speaking = (
+        word.negation,
+        word.soft_negation,
+        word.question,
+        word.direction,
+        word.shape,
+        word.exclusive,
+        word.opposites,
+    )
+    counting = (word.value, word.factor, word.ordinal)
+    return not any(speaking) and all(value is None for value in counting)
+
+
+def _forms(token: str, language: str, table: Table) -> tuple[Form, ...]:
+    first = token[0]
+    if first.isdigit():
+        return (Form(token.lower(), token.lower(), None, NUMERIC),)
+    if first in _QUOTES and len(token) > 2:
+        inner = token.strip(_QUOTES).lower()
+        return (Form(inner, inner, None, CODE),)
+    capital = first.isupper()
+    if _INITIALS.fullmatch(token):
+        token = token.replace(".", "")
+        token = token.upper() if token.upper() in table.words else token
+    if capital and token in table.words:
+        return (Form(token.lower(), token, table.words[token], PLAIN, capital=True),)
+    low = token.lower()
+    base = stem(low, language)
+    word = table.words.get(low) or table.stems.get(base)
+    if word is not None:
+        return (Form(low, base, word, PLAIN, capital=capital),)
+    if first == "-" or not _LETTERS.fullmatch(token):
+        return (Form(low, low.lstrip("-"), None, CODE),)
+    if "-" in token or "/" in token or "'" in token:
+        parts = [part for part in re.split(r"[-/']", token) if part]
+        if parts[0].lower() in ("non", "nicht") and len(parts) > 1:
+            denied, *others = _each(parts[1:], language, table)
+            denied.denied = True
+            return (denied, *others)
+        return _each(parts, language, table)
+    return (_denied(low, language, table, capital) or Form(low, base, None, _case(token), capital=capital),)
+
+
+def _each(parts: list[str], language: str, table: Table) -> tuple[Form, ...]:
+    return tuple(form for part in parts for form in _forms(part, language, table))
+
+
+def _case(token: str) -> int:
+    return NAME if (token.isupper() and len(token) > 1) or _INNER_CAPITAL.search(token) else PLAIN
+
+
+def _denied(low: str, language: str, table: Table, capital: bool) -> Form | None:
+    """Return the form without its denying prefix ("unpaid", "nonmember"), or None if it has none."""
+    for prefix in ("un", "non", "nicht"):
+        rest = low[len(prefix) :]
+        if low.startswith(prefix) and len(rest) > 3 and not low.startswith(lexicon().not_prefixed):
+            base = stem(rest, language)
+            return Form(low, base, table.words.get(rest) or table.stems.get(base), PLAIN, True, capital)
+    return None
