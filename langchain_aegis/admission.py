@@ -24,7 +24,6 @@ from langchain_aegis.errors import (
     AegisClosedError,
     AegisConfigError,
     AegisDeadlineError,
-    AegisError,
     AegisOverloadedError,
 )
 from langchain_aegis.forks import reset_after_fork
@@ -114,6 +113,11 @@ class Admission:
         """Whether new calls are turned away for good."""
         return self._closed
 
+    @property
+    def full(self) -> bool:
+        """Whether `enter` would refuse a call now; without a lock, so it may be wrong a moment later."""
+        return self._counted >= self._max_waiting and len(self._running) >= self._max_concurrency
+
     def enter(self, *, wait: Wait = "refuse", deadline_s: float | None = None, deadline: float | None = None) -> Ticket:
         """Take a slot, or a place in the queue, without waiting for anything.
 
@@ -135,32 +139,28 @@ class Admission:
             deadline = own if deadline is None else min(own, deadline)
         if (held := held_tickets.get()) and any(t.admission is self and t.running for t in held):
             return Ticket(self, State.RIDING, bulk=False, deadline=deadline)
-        ticket = Ticket(self, State.WAITING, bulk=wait == "queue", deadline=deadline)
-        error: AegisError | None = None
+        bulk = wait == "queue"
         try:
             with self._lock:
                 if self._closed:
-                    error = AegisClosedError("this admission was closed; it takes no new calls")
-                elif deadline is not None and deadline <= self._clock():
+                    raise AegisClosedError("this admission was closed; it takes no new calls")
+                if deadline is not None and deadline <= self._clock():
                     self._expired += 1
-                    error = AegisDeadlineError("the deadline had passed before the call was made; nothing was sent")
-                elif len(self._running) < self._max_concurrency or self._reclaimed():
-                    ticket.state = State.RUNNING
+                    raise AegisDeadlineError("the deadline had passed before the call was made; nothing was sent")
+                if len(self._running) < self._max_concurrency or self._reclaimed():
+                    ticket = Ticket(self, State.RUNNING, bulk=bulk, deadline=deadline)
                     self._running.add(ticket)
-                elif ticket.bulk:
-                    self._queue[ticket] = None
-                elif self._counted < self._max_waiting or self._purged():
-                    self._queue[ticket] = None
-                    self._counted += 1
-                else:
+                    return ticket
+                if not bulk and self._counted >= self._max_waiting and not self._purged():
                     self._refused += 1
-                    error = self._overloaded()
+                    raise self._overloaded()
+                ticket = Ticket(self, State.WAITING, bulk=bulk, deadline=deadline)
+                self._queue[ticket] = None
+                self._counted += not bulk
+                return ticket
         finally:
             if self._gone:
                 self._settle()
-        if error is not None:
-            raise error
-        return ticket
 
     @contextlib.contextmanager
     def slot(
@@ -356,7 +356,9 @@ class Admission:
 
     def _reclaimed(self) -> bool:
         """Take slots back from calls whose event loop was closed under them; locked."""
-        self._gone.extend([t for t in self._running if t.loop is not None and t.loop.is_closed()])
+        for ticket in self._running:
+            if ticket.loop is not None and ticket.loop.is_closed():
+                self._gone.append(ticket)
         if self._queue:
             return False  # settling gives what was taken back to those who wait already
         while self._gone:
@@ -378,8 +380,8 @@ class Admission:
         service_s = _FIRST_GUESS_S if self._service_s is None else self._service_s
         after_s = min(_LONGEST_RETRY_S, service_s * (len(self._queue) + 1) / self._max_concurrency)
         return AegisOverloadedError(
-            f"{self._counted} calls wait already (max_waiting={self._max_waiting}) for {self._max_concurrency} slots; "
-            f"nothing was sent. Try again in {after_s:.1f} s, or use .batch/.abatch, which wait for their turn",
+            f"{self._counted} calls wait already (max_waiting={self._max_waiting}); nothing was sent. "
+            f"Try again in {after_s:.1f} s, or use .batch/.abatch, which wait for their turn",
             retry_after_s=after_s,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cached_property
 from inspect import signature
@@ -105,7 +105,8 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
     ) -> AIMessage:  # fmt: skip
         if self._inside():
             return super().invoke(input, config, stop=stop, **kwargs)
-        with seen_config(config), _within(self._enter(input, stop, kwargs, wait, blocking=True, config=config)):
+        entry = self._enter(input, stop, kwargs, wait, blocking=True, config=config)
+        with seen_config(config), _within(entry):
             return super().invoke(input, config, stop=stop, **kwargs)
 
     async def ainvoke(
@@ -113,15 +114,23 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
         **kwargs: Any,
     ) -> AIMessage:  # fmt: skip
         """Call the model; errors as in the class description."""
-        return await self._ainvoke("refuse", input, config, stop=stop, **kwargs)
+        if self._inside():
+            return await super().ainvoke(input, config, stop=stop, **kwargs)
+        entry = self._enter(input, stop, kwargs, "refuse", config=config)
+        return await self._ainvoke_with(entry, input, config, stop, kwargs)
 
     async def _ainvoke(
         self, wait: Wait, input: LanguageModelInput, config: RunnableConfig | None, *, stop: list[str] | None = None,
         **kwargs: Any,
     ) -> AIMessage:  # fmt: skip
-        if self._inside():
-            return await super().ainvoke(input, config, stop=stop, **kwargs)
-        with seen_config(config), _within(self._enter(input, stop, kwargs, wait, config=config)):
+        entry = self._enter(input, stop, kwargs, wait, config=config)
+        return await self._ainvoke_with(entry, input, config, stop, kwargs)
+
+    async def _ainvoke_with(
+        self, entry: Entry[ChatResult], input: LanguageModelInput, config: RunnableConfig | None,
+        stop: list[str] | None, kwargs: dict[str, Any],
+    ) -> AIMessage:  # fmt: skip
+        with seen_config(config), _within(entry):
             return await super().ainvoke(input, config, stop=stop, **kwargs)
 
     def generate(
@@ -289,10 +298,9 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
 
     def _key(
         self, prompt: LanguageModelInput, stop: list[str] | None, kwargs: Mapping[str, Any], entry: Entry[ChatResult]
-    ) -> object | None:
+    ) -> tuple[Hashable, ...] | None:
         """Return what a call must have in common with another to share its answer, or None if it must not."""
-        scope = current()
-        if not entry.may_share or self.cache is False or scope.cache != "use":
+        if not entry.may_share or self.cache is False or current().cache != "use":
             return None
         params = self.inner._identifying_params
         if not (self._has_cache() or _is_deterministic(self.inner, params, kwargs)):
@@ -300,12 +308,12 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
         if not isinstance(prompt, str):
             prompt = self._convert_input(prompt).to_messages()
         canonical = _canonical(prompt)
-        if canonical is None:
-            return None
+        if canonical is None or (self.admission.full and not _flights.flies(canonical)):
+            return None  # the second: it will be refused, and that has to be quick
         asker = whose(entry.config)
         return None if asker is None else (canonical, self._model_key(params, stop, kwargs), asker)
 
-    def _model_key(self, params: Mapping[str, Any], stop: list[str] | None, kwargs: Mapping[str, Any]) -> object:
+    def _model_key(self, params: Mapping[str, Any], stop: list[str] | None, kwargs: Mapping[str, Any]) -> Hashable:
         """Return a value that is equal only for models and options that give the same answers."""
         sent = {name: value for name, value in kwargs.items() if name not in _TRACING_ONLY} if kwargs else kwargs
         inner = self.inner

@@ -16,7 +16,7 @@ from langchain_core.runnables.config import var_child_runnable_config
 from langchain_aegis.admission import Admission, Wait
 from langchain_aegis.errors import AegisConfigError, AegisDeadlineError
 from langchain_aegis.flights import Flights, Seat
-from langchain_aegis.scope import Scope, aegis_scope, current, who
+from langchain_aegis.scope import Scope, aegis_scope, current, seen_config, who
 from langchain_aegis.settings import AegisSettings
 from langchain_aegis.tickets import Ticket
 from langchain_aegis.wakers import running_loop
@@ -75,12 +75,15 @@ class Entry(Generic[T]):
         """Whether a ticket or a seat was taken."""
         return self._ticket is not None or self._seat is not None
 
-    def take(self, key: object | None) -> None:
-        """Take a seat in the flight for `key`, or a ticket if it is None; raises `AegisOverloadedError` at once."""
+    def take(self, key: tuple[Hashable, ...] | None) -> None:
+        """Take a seat in the flight for `key`, or a ticket if it is None; raises `AegisOverloadedError` at once.
+
+        The key's first part is what `Flights.flies` is asked about.
+        """
         if key is None:
             self._ticket = self._enter(self.wait)
         else:
-            self._seat = self.flights.board(key, self._enter_flight)
+            self._seat = self.flights.board(key, self._enter_flight, key[0])
 
     def take_own(self) -> None:
         """Have a ticket instead of a seat: for a call that nobody can share."""
@@ -235,7 +238,8 @@ def whose(config: RunnableConfig | None) -> Hashable | None:
     name that nobody has told us. Only what differs in every run of a graph is left out.
     """
     try:
-        tenant, user = who(*_keys())
+        with seen_config(config):
+            tenant, user = who(*_keys())
     except AegisConfigError:  # somebody is named who cannot be: the cache will say so
         return None
     around = var_child_runnable_config.get()

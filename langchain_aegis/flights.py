@@ -38,6 +38,7 @@ class Flights(Generic[T]):
         # Re-entrant: a finaliser may leave a seat while its own thread boards.
         self.lock = threading.RLock()
         self._open: dict[asyncio.AbstractEventLoop | None, dict[Hashable, Flight[T]]] = {}
+        self._asked: dict[Hashable, int] = {}
         reset_after_fork(self)
 
     def __len__(self) -> int:
@@ -49,11 +50,16 @@ class Flights(Generic[T]):
         """A copied model still shares its calls."""
         return self
 
-    def board(self, key: Hashable, enter: Enter) -> Seat[T]:
+    def flies(self, asked: Hashable) -> bool:
+        """Whether any flight was opened with `asked`: a quick look, before a key is made."""
+        return asked in self._asked
+
+    def board(self, key: Hashable, enter: Enter, asked: Hashable = None) -> Seat[T]:
         """Join the flight for `key`, or open one. Never waits; whoever asks first for a result starts it.
 
         Args:
             key: Calls with equal keys have the same answer.
+            asked: The part of the key that is quickly told, for `flies`.
             enter: Makes the flight's ticket, `enter("refuse")`; its errors are raised and open no flight.
 
         Returns:
@@ -66,8 +72,9 @@ class Flights(Generic[T]):
                 ticket = enter("refuse")
                 if place not in self._open:
                     self._forget_closed_loops()
-                flight = Flight(self, place, key, ticket)
+                flight = Flight(self, place, key, ticket, asked)
                 self._open.setdefault(place, {})[key] = flight
+                self._asked[asked] = self._asked.get(asked, 0) + 1
             else:
                 flight.shared = True
             flight.seats += 1
@@ -75,7 +82,7 @@ class Flights(Generic[T]):
 
     def alone(self, ticket: Ticket, enter: Enter) -> Seat[T]:
         """Return the only seat of a flight that cannot be joined."""
-        flight = Flight(self, running_loop(), None, ticket)
+        flight = Flight(self, running_loop(), None, ticket, None)
         flight.seats = 1
         return Seat(flight, enter)
 
@@ -86,6 +93,7 @@ class Flights(Generic[T]):
             here = self._open.get(flight.place, {})
             if here.get(flight.key) is flight:
                 del here[flight.key]
+                self._forget(flight)
                 if not here:
                     del self._open[flight.place]
 
@@ -93,26 +101,39 @@ class Flights(Generic[T]):
         """Drop every flight: in the child of a fork they are somebody else's."""
         self.lock = threading.RLock()
         self._open = {}
+        self._asked = {}
+
+    def _forget(self, flight: Flight[T]) -> None:
+        self._asked[flight.asked] -= 1
+        if not self._asked[flight.asked]:
+            del self._asked[flight.asked]
 
     def _forget_closed_loops(self) -> None:
         for loop in [loop for loop in self._open if loop is not None and loop.is_closed()]:
             for flight in self._open.pop(loop).values():
                 flight.closed = True
+                self._forget(flight)
                 flight.ticket.leave()
 
 
 class Flight(Generic[T]):
     """One call that several callers wait for."""
 
-    __slots__ = ("closed", "error", "flights", "key", "landed", "place", "result", "seats", "shared", "started",
-                 "taken", "task", "ticket", "wakers")  # fmt: skip
+    __slots__ = ("asked", "closed", "error", "flights", "key", "landed", "place", "result", "seats", "shared",
+                 "started", "taken", "task", "ticket", "wakers")  # fmt: skip
 
     def __init__(
-        self, flights: Flights[T], place: asyncio.AbstractEventLoop | None, key: Hashable, ticket: Ticket
+        self,
+        flights: Flights[T],
+        place: asyncio.AbstractEventLoop | None,
+        key: Hashable,
+        ticket: Ticket,
+        asked: Hashable,
     ) -> None:
         self.flights = flights
         self.place = place
         self.key = key
+        self.asked = asked
         self.ticket = ticket
         self.seats = 0
         self.shared = False  # more than one caller took a seat, ever
