@@ -79,13 +79,14 @@ end
 return 'stored'
 """
 
-# Move the clock on and mark things as dead up to now. KEYS: epochs.  ARGV: incarnation to use if there is none,
-# "1" if sources are among the things, things...
+# Move the clock on and mark things as dead up to now. KEYS: epochs.  ARGV: incarnation and fingerprint to use if there
+# are none, "1" if things are among them that records list themselves (sources), things...
 _INVALIDATE = """
 redis.call('HSETNX', KEYS[1], 'id', ARGV[1])
+redis.call('HSETNX', KEYS[1], 'fingerprint', ARGV[2])
 local clock = redis.call('HINCRBY', KEYS[1], 'clock', 1)
-if ARGV[2] == '1' then redis.call('HSET', KEYS[1], 'source', clock) end
-for i = 3, #ARGV do redis.call('HSET', KEYS[1], ARGV[i], clock) end
+if ARGV[3] == '1' then redis.call('HSET', KEYS[1], 'source', clock) end
+for i = 4, #ARGV do redis.call('HSET', KEYS[1], ARGV[i], clock) end
 return clock
 """
 
@@ -253,9 +254,7 @@ class Store:
             ResponseError: Redis refused.
         """
         yield from self._check_secret()
-        mark = ("EVAL", _INVALIDATE, 1, self._epochs, secrets.token_hex(8), int(sources), *things)
-        (clock,) = yield Commands((mark,))
-        _raise(clock)
+        yield from self._mark(things, sources=sources)
         removed = 0
         for group in sets:
             removed += yield from self._remove([self._set(s) for s in group])
@@ -266,8 +265,7 @@ class Store:
         yield from self._check_secret()
         (names,) = yield Commands((("SMEMBERS", self._registry),))
         _raise(names)
-        (clock,) = yield Commands((("EVAL", _INVALIDATE, 1, self._epochs, secrets.token_hex(8), 0, "namespace"),))
-        _raise(clock)
+        yield from self._mark(["namespace"], sources=False)
         removed = 0
         for name in sorted(_text(n) for n in names):
             removed += yield from self._remove([name])
@@ -317,6 +315,11 @@ class Store:
             )
         )
         return self._read_epochs(told)
+
+    def _mark(self, things: Sequence[str], *, sources: bool) -> Flow[None]:
+        told = (secrets.token_hex(8), self._fingerprint, int(sources), *things)
+        (clock,) = yield Commands((("EVAL", _INVALIDATE, 1, self._epochs, *told),))
+        _raise(clock)
 
     def _check_secret(self) -> Flow[None]:
         (told,) = yield Commands((self._ask(()),))

@@ -328,7 +328,7 @@ def test_any_home_works(name, deep, client):
         with EmbeddedRedis(deep) as other:
             assert other.pid == pid
     wait_until(lambda: not is_running(pid), 5)
-    assert (deep / "redis" / "dump.rdb").exists()
+    assert any((deep / "redis" / "aof").iterdir())
     with EmbeddedRedis(deep) as server:
         assert server.url == url
         assert client(url).get("k") == b"v"
@@ -361,19 +361,33 @@ def test_servers_that_cannot_read_each_others_data_are_kept_apart(home, client):
         assert (search.has_search, plain.has_search) == (True, False)
 
 
-@pytest.mark.parametrize("content", [b"", b"REDIS0099 from a later version", os.urandom(2000)])
-def test_a_damaged_dump_is_moved_aside_with_one_warning(content, home, client, caplog):
-    (home / "redis").mkdir()
-    dump = home / "redis" / "dump.rdb"
-    dump.write_bytes(content)
+@pytest.mark.parametrize("content", [b"REDIS0099 from a later version", os.urandom(2000)])
+def test_damaged_data_is_moved_aside_with_one_warning(content, home, client, caplog):
+    with EmbeddedRedis() as server:
+        client(server.url).set("k", "v")
+        pid = server.pid
+    wait_until(lambda: not is_running(pid), 5)
+    manifest = home / "redis" / "aof" / "appendonly.aof.manifest"
+    manifest.write_bytes(content)
     with caplog.at_level(logging.WARNING, "langchain_aegis"), EmbeddedRedis() as server:
         assert client(server.url).dbsize() == 0
         with EmbeddedRedis() as other:
             assert other.pid == server.pid
     warned = [record.getMessage() for record in caplog.records if record.name == "langchain_aegis"]
     assert len(warned) == 1
-    assert "dump.rdb.damaged" in warned[0]
-    assert (home / "redis" / "dump.rdb.damaged").read_bytes() == content
+    assert "aof.damaged" in warned[0]
+    assert (home / "redis" / "aof.damaged" / manifest.name).read_bytes() == content
+
+
+def test_what_was_removed_before_a_crash_stays_removed(home, client):
+    with EmbeddedRedis() as server:
+        client(server.url).set("kept", "1")
+        client(server.url).set("removed", "1")
+        client(server.url).delete("removed")
+        os.kill(server.pid, signal.SIGKILL)
+        wait_until(lambda: not is_running(server.pid), 5)
+    with EmbeddedRedis() as server:
+        assert (client(server.url).get("kept"), client(server.url).get("removed")) == (b"1", None)
 
 
 # A server of one's own

@@ -103,7 +103,7 @@ def test_a_killed_redis_costs_nobody_an_answer_and_hits_return_with_it(stack, ho
     os.kill(stack.pid, signal.SIGKILL)
     wait_until(lambda: not is_running(stack.pid))
     stack.ask(QUESTIONS * 2)
-    with EmbeddedRedis(home) as again:  # on the same address, empty: it was killed, not stopped
+    with EmbeddedRedis(home) as again:  # on the same address
         assert again.pid != stack.pid
         wait_until(lambda: all_hit_again(stack), 10, "hits after its return")  # each try stores what it missed
 

@@ -154,6 +154,14 @@ def test_an_invalidation_removes_at_once_and_wins_over_what_began_before(kept, t
     assert kept.read(name(1)) is not None
 
 
+def test_an_invalidation_may_be_the_first_thing_that_happens(kept):
+    for _ in range(2):
+        assert kept.do(kept.store.invalidate(["tenant:a"], [["tenant:a"]], sources=False)) == 0
+        assert kept.do(kept.store.clear()) == 0
+    kept.put(name(1))
+    assert kept.do(kept.store.invalidate(["tenant:a"], [["tenant:a"]], sources=False)) == 1
+
+
 def test_removal_follows_the_sets(kept):
     for i in range(450):
         kept.put(name(i), sets=("tenant:a", "user:u") if i % 2 else ("tenant:a",), src=("source:d1",) if i < 10 else ())

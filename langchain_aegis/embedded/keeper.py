@@ -231,6 +231,7 @@ class Keeper:
             if found and not self._moved:
                 os.write(_LOG, b"\nended while it started; trying without its old data\n")
                 for path in found:
+                    shutil.rmtree(f"{path}.damaged", ignore_errors=True)  # a directory is not replaced otherwise
                     os.replace(path, f"{path}.damaged")
                     self._moved.append(f"{path}.damaged")
                 self._start()

@@ -138,33 +138,34 @@ class EmbeddedRedis:
             name, data = "redis", home
         data.mkdir(mode=0o700, exist_ok=True)
         socket = guard.socket_path(home, f"{name}.sock")
-        dump = data.resolve() / "dump.rdb"
+        log = data.resolve() / "aof"
         return guard.SharedServer(
             name,
             home,
-            [program, *_options(socket, dump, saved=self._shared), *(f for m in modules for f in ("--loadmodule", m))],
+            [program, *_options(socket, log, saved=self._shared), *(f for m in modules for f in ("--loadmodule", m))],
             ready=guard.ReadySocket(str(socket), send="PING\r\n", expect="+PONG"),
             address={"search": bool(modules)},
             timeout_s=30.0,
             grace_s=0.5 if self._shared else 0.0,
             stop_timeout_s=4.0 if self._shared else 0.0,
-            spare=[dump],
+            spare=[log],
             remove_home=not self._shared,
         )
 
 
-def _options(socket: Path, dump: Path, *, saved: bool) -> Iterator[str]:
+def _options(socket: Path, log: Path, *, saved: bool) -> Iterator[str]:
     options = {
         "port": "0",
         "unixsocket": str(socket),
         "unixsocketperm": "600",
         "daemonize": "no",
-        "dir": str(dump.parent),
-        "dbfilename": dump.name,
-        "appendonly": "no",
-        # A snapshot by a forked child now and then, so that a power cut costs minutes; the rest is saved at the end.
-        "save": "300 1" if saved else "",
-        "shutdown-on-sigterm": "save force" if saved else "nosave",
+        "dir": str(log.parent),
+        # Every write is logged, and there are no snapshots: one from before an invalidation would bring back, after a
+        # crash, what was invalidated since.
+        "appendonly": "yes" if saved else "no",
+        "appenddirname": log.name,
+        "save": "",
+        "shutdown-on-sigterm": "force" if saved else "nosave",
         "stop-writes-on-bgsave-error": "no",  # a full disk must not stop a cache
         # Entries expire, so they may be evicted; what has no TTL (what was invalidated) must never be.
         "maxmemory": _MAX_MEMORY,
