@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 import unicodedata
-from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from typing import NamedTuple
@@ -64,16 +63,16 @@ class Profile(NamedTuple):
         sets = (self.numbers, self.weak_numbers, self.quantities, self.names, self.identifiers)
         wide = (self.order, *map(sorted, sets))
         narrow = (sorted(self.exclusive), sorted(self.opposites), [part for pair in self.spellings for part in pair])
-        counts = [len(part) for part in (*wide, *narrow, self.frame)]
-        head = (_VERSION, lexicon().fingerprint, self.language, self.question, self.flags, self.shape)
-        return b"".join(
+        counts = [len(part) for part in (*wide, *narrow)]
+        body = b"".join(
             (
-                _HEAD.pack(*head, self.source, self.target, *counts),
-                b"".join(term.to_bytes(3, "big") for part in wide for term in part),
-                struct.pack(f">{sum(map(len, narrow))}H", *(code for part in narrow for code in part)),
+                _BODY.pack(*self[:6], *counts),
+                struct.pack(f">{sum(counts[:6])}I", *(term for part in wide for term in part)),
+                struct.pack(f">{sum(counts[6:])}H", *(code for part in narrow for code in part)),
                 self.frame,
             )
         )
+        return _HEAD.pack(_VERSION, lexicon().fingerprint, _checksum(body)) + body
 
     @staticmethod
     def decode(data: bytes) -> Profile:
@@ -82,57 +81,54 @@ class Profile(NamedTuple):
         Raises:
             ValueError: Other bytes, or those of another version of the lexicon.
         """
+        known = lexicon()
+        if data[:_CHECKED] != _HEAD.pack(_VERSION, known.fingerprint, b"")[:_CHECKED]:
+            raise ValueError("not a profile of this version")
+        body = data[_HEAD.size :]
+        if data[_CHECKED : _HEAD.size] != _checksum(body):
+            raise ValueError("not a profile: damaged")
         try:
-            version, fingerprint, *codes = _HEAD.unpack_from(data)
+            language, question, flags, shape, source, target, *counts = _BODY.unpack_from(body)
+            size, short = sum(counts[:6]), sum(counts[6:])
+            terms = struct.unpack_from(f">{size}I", body, _BODY.size)
+            codes = struct.unpack_from(f">{short}H", body, _BODY.size + 4 * size)
         except struct.error as exc:
             raise ValueError("not a profile: too short") from exc
-        if version != _VERSION or fingerprint != lexicon().fingerprint:
-            raise ValueError("the profile is of another version")
-        language, question, flags, shape, source, target, *counts = codes
-        middle = _HEAD.size + 3 * sum(counts[:_WIDE_PARTS])
-        end = middle + 2 * sum(counts[_WIDE_PARTS:-1])
-        if len(data) != end + counts[-1]:
-            raise ValueError("not a profile: wrong length")
-        terms = [int.from_bytes(data[at : at + 3], "big") for at in range(_HEAD.size, middle, 3)]
-        short = struct.unpack_from(f">{(end - middle) // 2}H", data, middle)
-        order, numbers, weak, quantities, names, identifiers = _cut(terms, counts[:_WIDE_PARTS])
-        exclusive, opposites, spelled = _cut(short, counts[_WIDE_PARTS:-1])
-        profile = Profile(
-            language=language,
-            question=question,
-            flags=flags,
-            shape=shape,
-            source=source,
-            target=target,
-            order=tuple(order),
-            terms=frozenset(order),
-            numbers=frozenset(numbers),
-            weak_numbers=frozenset(weak),
-            quantities=frozenset(quantities),
-            names=frozenset(names),
-            identifiers=frozenset(identifiers),
-            exclusive=frozenset(exclusive),
-            opposites=frozenset(opposites),
-            frame=bytes(data[end:]),
-            spellings=tuple(zip(spelled[::2], spelled[1::2], strict=False)),
+        if language >= len(LANGUAGES) or question >= len(known.questions):
+            raise ValueError("not a profile: unknown codes")
+        parts, start = [], 0
+        for count in counts[:6]:
+            parts.append(terms[start : start + count])
+            start += count
+        exclusive, opposites = counts[6], counts[6] + counts[7]
+        return Profile(
+            language,
+            question,
+            flags,
+            shape,
+            source,
+            target,
+            parts[0],
+            frozenset(parts[0]),
+            frozenset(parts[1]),
+            frozenset(parts[2]),
+            frozenset(parts[3]),
+            frozenset(parts[4]),
+            frozenset(parts[5]),
+            frozenset(codes[:exclusive]),
+            frozenset(codes[exclusive:opposites]),
+            body[_BODY.size + 4 * size + 2 * short :],
+            tuple(zip(codes[opposites::2], codes[opposites + 1 :: 2], strict=False)),
         )
-        # Order inside the sets, repeated members and codes out of range all show here.
-        if language >= len(LANGUAGES) or question >= len(lexicon().questions) or profile.encode() != data:
-            raise ValueError("not a profile: not as written")
-        return profile
 
 
-_WIDE_PARTS = 6  # of three bytes a term; then three parts of two bytes a code, then bytes
-_HEAD = struct.Struct(">B2sBBBIii10H")
+_HEAD = struct.Struct(">B2s4s")  # version, lexicon, checksum
+_CHECKED = 3
+_BODY = struct.Struct(">BBBIii9H")
 
 
-def _cut(values: Sequence[int], sizes: Sequence[int]) -> list[Sequence[int]]:
-    """Split `values` into consecutive parts of the given sizes."""
-    parts, start = [], 0
-    for size in sizes:
-        parts.append(values[start : start + size])
-        start += size
-    return parts
+def _checksum(body: bytes) -> bytes:
+    return blake2b(body, digest_size=4).digest()
 
 
 def profile(text: str, *, key: bytes = b"") -> Profile:
@@ -169,15 +165,23 @@ def _language(tokens: list[str]) -> int:
     total = 0
     for token in tokens:
         total += votes.get(token) or votes.get(token.lower(), 0)
-    if not total:
-        return _GERMAN if any(not _NO_UMLAUT.isdisjoint(token) for token in tokens) else 0
-    scores = [total >> 16 * position & 0xFFFF for position in range(len(LANGUAGES))]
-    best = max(scores)
-    return scores.index(best) if scores.count(best) == 1 else 0
+    if total:
+        scores = [total >> 16 * position & 0xFFFF for position in range(len(LANGUAGES))]
+        best = max(scores)
+        if scores.count(best) == 1:
+            return scores.index(best)
+        if best not in (scores[_ENGLISH], scores[_GERMAN]):
+            return 0
+    # "Was kostet ..." could be both: the rest of the words decides.
+    tables = lexicon().tables
+    english, german = (sum(token.lower() in tables[name].words for token in tokens) for name in ("en", "de"))
+    if any(not _UMLAUTS.isdisjoint(token) for token in tokens):
+        german += 1
+    return 0 if english == german else _ENGLISH if english > german else _GERMAN
 
 
-_GERMAN = LANGUAGES.index("de")
-_NO_UMLAUT = frozenset("äöüßÄÖÜ")
+_ENGLISH, _GERMAN = LANGUAGES.index("en"), LANGUAGES.index("de")
+_UMLAUTS = frozenset("äöüßÄÖÜ")
 
 
 class _Reader:

@@ -88,11 +88,12 @@ def find_question(
         return _given(last, others, given.strip(), max_chars)
     marks = _marks(labels)
     found = [match.end() for match in marks.question.finditer(last)]
-    tagged = [match.span("body") for match in marks.tag.finditer(last)]
+    tagged = list(marks.tag.finditer(last))
     if len(found) + len(tagged) > 1:
         return NoQuestion("several_labels")
     if tagged:
-        return _span(last, *tagged[0], max_chars)
+        closing = re.compile(f"</{re.escape(tagged[0].group(1))}>", re.IGNORECASE).search(last, tagged[0].end())
+        return _span(last, tagged[0].end(), closing.start(), max_chars) if closing else NoQuestion("no_question")
     if found:
         start = found[0]
         if not last[start:].partition("\n")[0].strip():
@@ -150,7 +151,7 @@ def _marks(labels: Labels) -> _Marks:
     return _Marks(
         question=re.compile(question, flags),
         other=re.compile(other, flags),
-        tag=re.compile(rf"<(?P<tag>{_either(labels.tags)})>(?P<body>.*?)</(?P=tag)>", re.IGNORECASE | re.DOTALL),
+        tag=re.compile(rf"<({_either(labels.tags)})>", re.IGNORECASE),
         end=re.compile(rf"{other}|{_BLANK_LINE.pattern}|^[^\S\n]*(?:</?[A-Za-z]|\#|---|===)", flags),
     )
 

@@ -27,7 +27,7 @@ NUMBER = re.compile(r"(\d+(?:[.,:/]\d+)*)(.*)", re.DOTALL)
 GROUPED = re.compile(r"\d{1,3}(?:[.,]\d{3})+")
 _INITIALS = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")
 _LETTERS = re.compile(r"[^\W\d_]+(?:[-/'][^\W\d_]+)*|[^\w\s].*|.", re.DOTALL)
-_INNER_CAPITAL = re.compile(r"[^\W\d_][^\W\d_]*[a-zß-ÿ][A-Z]|^[a-z]+[A-Z]")
+_INNER_CAPITAL = re.compile(r"[a-zß-ÿ][A-Z]")
 GREETING = re.compile(
     r"\s*(?:good\s+|guten\s+)?(?:morning|afternoon|evening|day|morgen|tag|abend)\s*[!,.]\s*(?=\S)", re.I
 )

@@ -67,15 +67,20 @@ def compare(cached: Profile, new: Profile, *, off: frozenset[str] = frozenset())
             found.append("exclusive")
     if cached.question != new.question and (cached.question, new.question) in known.conflicts:
         found.append("question_word")
-    if (cached.source, cached.target) != (new.source, new.target) and (
-        -1 != cached.source == new.target or -1 != cached.target == new.source
-    ):
+    if (cached.source >= 0 or new.source >= 0) and _turned_round(cached, new):
         found.append("direction")
     if cached.shape != new.shape:
         found.append("shape")
     if cached.order != new.order or (cached.flags ^ new.flags) & PASSIVE:
         found += _wording(cached, new, known)
     return tuple(code for code in found if code not in off) if off else tuple(found)
+
+
+def _turned_round(cached: Profile, new: Profile) -> bool:
+    """Return whether one question starts where the other ends."""
+    if cached.source == new.source and cached.target == new.target:
+        return False
+    return -1 != cached.source == new.target or -1 != cached.target == new.source
 
 
 def _numbers_differ(cached: Profile, new: Profile) -> bool:
@@ -121,12 +126,12 @@ def _wording(cached: Profile, new: Profile, known: Lexicon) -> list[str]:
     right = _unexplained(new, cached, known)
     if left and right:
         _drop_misspelt(left, right, cached, new)
-    if not (left and right):
+    if not left or not right:
         left -= known.light
         right -= known.light
     if not (left or right):
         return ["order"] if _swapped(cached, new, known) else []
-    if not (left and right) and (
+    if (not left or not right) and (
         cached.numbers & new.numbers or cached.names & new.names or cached.identifiers & new.identifiers
     ):
         left -= known.category
@@ -172,12 +177,12 @@ def _differences(left: bytes, right: bytes) -> int:
 
 def _unexplained(mine: Profile, other: Profile, known: Lexicon) -> set[int]:
     """Return the terms of one question that the other neither holds nor says in another word."""
-    related, theirs, implied = known.related, other.terms, known.implied[other.question]
-    return {
-        term
-        for term in mine.terms - theirs
-        if term & DIGEST or (term not in implied and related[term].isdisjoint(theirs))
-    }
+    theirs = other.terms
+    odd = mine.terms - theirs
+    if not odd:
+        return set()
+    related, implied = known.related, known.implied[other.question]
+    return {term for term in odd if term & DIGEST or (term not in implied and related[term].isdisjoint(theirs))}
 
 
 def _drop_misspelt(left: set[int], right: set[int], cached: Profile, new: Profile) -> None:
