@@ -313,7 +313,7 @@ def _ask(wishes: list[_Wish]) -> Generator[tuple[str, Any], Any, None]:
             vectors = yield "embed_documents", [wish.text for wish in wishes]
             if len(vectors) != len(wishes):
                 raise AegisServerError(f"the embedder returned {len(vectors)} vectors for {len(wishes)} texts")
-        except Exception as exc:
+        except Exception as exc:  # whatever the embedder raised: one of the texts may be to blame
             if _is_no_texts_fault(exc):
                 raise
         else:
