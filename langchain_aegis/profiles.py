@@ -175,13 +175,26 @@ def _language(tokens: list[str]) -> int:
     # "Was kostet ..." could be both: the rest of the words decides.
     tables = lexicon().tables
     english, german = (sum(token.lower() in tables[name].words for token in tokens) for name in ("en", "de"))
-    if any(not _UMLAUTS.isdisjoint(token) for token in tokens):
-        german += 1
+    german += sum(token.endswith(_GERMAN_ENDINGS) or not _UMLAUTS.isdisjoint(token) for token in tokens)
     return 0 if english == german else _ENGLISH if english > german else _GERMAN
 
 
 _ENGLISH, _GERMAN = LANGUAGES.index("en"), LANGUAGES.index("de")
 _UMLAUTS = frozenset("äöüßÄÖÜ")
+_GERMAN_ENDINGS = (
+    "ieren",
+    "iert",
+    "iere",
+    "ung",
+    "ungen",
+    "keit",
+    "heit",
+    "lich",
+    "schaft",
+    "igkeit",
+    "stelle",
+    "zeiten",
+)
 
 
 class _Reader:

@@ -48,7 +48,8 @@ def compare(cached: Profile, new: Profile, *, off: frozenset[str] = frozenset())
     """
     found = []
     known = lexicon()
-    if cached.language != new.language and cached.language and new.language:
+    # An undecided language is one of names only: they must be the same then.
+    if cached.language != new.language and ((cached.language and new.language) or cached.terms != new.terms):
         found.append("language")
     if cached.numbers != new.numbers and _numbers_differ(cached, new):
         found.append("number")
