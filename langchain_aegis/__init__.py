@@ -23,13 +23,13 @@ _HOME_OF = {
     "AegisOptionError": "errors",
     "AegisOverloadedError": "errors",
     "AegisRequestError": "errors",
-    "AegisRouter": "runnables",
+    "AegisRouter": "router",
     "AegisSemanticCache": "cache",
     "AegisServerError": "errors",
     "AegisSettings": "settings",
     "AegisStreamError": "errors",
     "AegisTimeoutError": "errors",
-    "Answer": "cache",
+    "Answer": "results",
     "BatchingChatModel": "runnables",
     "BatchingEmbeddings": "runnables",
     "BatchingRunnable": "runnables",
@@ -37,7 +37,7 @@ _HOME_OF = {
     "aegis_scope": "scope",
     "aegis_sources": "scope",
     "batching": "runnables",
-    "was_cached": "cache",
+    "was_cached": "results",
 }
 
 __all__ = ["__version__", *sorted(_HOME_OF)]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from langchain_core.caches import RETURN_VAL_TYPE, BaseCache
 from langchain_core.embeddings import Embeddings
-from langchain_core.messages import AIMessage, BaseMessage
 from redis.exceptions import RedisError
 
 from langchain_aegis.breaker import Unavailable
@@ -25,69 +24,13 @@ from langchain_aegis.keys import FindQuestion
 from langchain_aegis.lookup import Embed, Lookup, guard_codes
 from langchain_aegis.notices import logger, warn_once
 from langchain_aegis.questions import exact_only_reason
+from langchain_aegis.results import Answer, CacheHealth, CacheStats, Verdict
 from langchain_aegis.scope import aegis_scope, current
 from langchain_aegis.settings import AegisSettings, Mode
 from langchain_aegis.vectors import pack, similarities
 from langchain_aegis.verification import compare, profile
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A pipeline's answer together with the documents that it rests on.
-
-    Attributes:
-        value: What the caller gets: a text, messages, or plain JSON.
-        sources: Ids of documents; `cache.invalidate(sources=...)` removes the answer with any of them.
-    """
-
-    value: Any
-    sources: Collection[str] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Whether the answer to one question may be served for another.
-
-    Attributes:
-        served: Whether it would be.
-        similarity: Cosine of the two questions.
-        reasons: Codes of what speaks against it.
-    """
-
-    served: bool
-    similarity: float
-    reasons: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class CacheStats:
-    """What a cache has done in this process.
-
-    Attributes:
-        exact_hits: Answered on an exact repeat.
-        semantic_hits: Answered by meaning.
-        misses: Not answered.
-        stored: Answers written.
-        reasons: Why lookups missed, by code.
-        not_stored: Why answers were not written, by code.
-        rejected: Records that were damaged, forged, or of somebody else.
-    """
-
-    exact_hits: int
-    semantic_hits: int
-    misses: int
-    stored: int
-    reasons: Mapping[str, int]
-    not_stored: Mapping[str, int]
-    rejected: int
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of lookups that were answered, in [0, 1]."""
-        hits = self.exact_hits + self.semantic_hits
-        return hits / (hits + self.misses) if hits + self.misses else 0.0
 
 
 class AegisSemanticCache(BaseCache):
@@ -381,6 +324,22 @@ class AegisSemanticCache(BaseCache):
                 rejected=self._engine.rejected,
             )
 
+    def health(self) -> CacheHealth:
+        """Return what the namespace holds in Redis, for all processes; never raises for a fault of Redis."""
+        try:
+            held = run(self._engine.store.held(time.time_ns() // 1_000_000), self._connections.perform)
+        except (Unavailable, RedisError):
+            held = None
+        return self._health(held)
+
+    async def ahealth(self) -> CacheHealth:
+        """Like `health`."""
+        try:
+            held = await arun(self._engine.store.held(time.time_ns() // 1_000_000), self._connections.aperform)
+        except (Unavailable, RedisError):
+            held = None
+        return self._health(held)
+
     def close(self) -> None:
         """Close the connections; may be called again, and a later use opens new ones."""
         self._connections.close()
@@ -406,6 +365,10 @@ class AegisSemanticCache(BaseCache):
         await self.aclose()
 
     # -- parts ----------------------------------------------------------------------------------------------------
+
+    def _health(self, held: tuple[int, int] | None) -> CacheHealth:
+        entries, tenants = held or (0, 0)
+        return CacheHealth(held is not None, self._engine.store.search, entries, tenants, self._engine.embedder.name)
 
     def _perform(self, step: Any) -> Any:
         return self._engine.embedder.embed(step.text) if isinstance(step, Embed) else self._connections.perform(step)
@@ -465,12 +428,6 @@ class AegisSemanticCache(BaseCache):
                 return None
             name = "bge-m3"
         return AegisEmbeddings(name, base_url=self.settings.ollama_base_url)
-
-
-def was_cached(message: BaseMessage) -> dict[str, Any] | None:
-    """Return how `message` was answered from the cache (tier, similarity, age_s, lookup_id), or None if it was not."""
-    marks = message.response_metadata.get("aegis_cache") if isinstance(message, AIMessage) else None
-    return marks if isinstance(marks, dict) else None
 
 
 def _swallow(what: str, exc: Exception) -> None:

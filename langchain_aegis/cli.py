@@ -136,9 +136,10 @@ def doctor(
 
 @cache_app.command()
 def stats(redis_url: RedisUrl = None, namespace: Namespace = None, as_json: Json = False) -> None:
-    """Print the counters of the cache; they are kept by each process for itself."""
+    """Print what a namespace holds, for all processes."""
     with _cache(redis_url, namespace) as cache:
-        values = asdict(cache.stats())
+        values = asdict(cache.health())
+    del values["embedder"]  # of this process, which needs none
     if as_json:
         _print_json(values)
     else:

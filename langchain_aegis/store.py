@@ -20,12 +20,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from redis.exceptions import ResponseError
-
 from langchain_aegis.entries import Record, unseal
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flows import Flow
 from langchain_aegis.notices import warn_once
+from langchain_aegis.replies import (
+    as_pairs,
+    as_text,
+    error_kind,
+    is_missing_index,
+    is_unknown_command,
+    popped_members,
+    raise_error,
+)  # fmt: skip
 from langchain_aegis.vectors import similarities
 
 
@@ -156,7 +163,7 @@ class Store:
             epochs = yield from self._begin(things)
         if epochs is None or not stored or isinstance(stored, Exception):
             return None, epochs
-        record = unseal(_pairs(stored), self._mac_key)
+        record = unseal(as_pairs(stored), self._mac_key)
         if record is None or record.key != exact:
             self.rejected += 1
             return None, epochs
@@ -234,9 +241,11 @@ class Store:
         ]  # fmt: skip
         (reply,) = yield Commands((("EVAL", _PUT, len(keys), *keys, *arguments),))
         if isinstance(reply, Exception):
-            warn_once("store_refused", f"Redis refused to store an answer ({_kind(reply)}); answers are not cached")
+            warn_once(
+                "store_refused", f"Redis refused to store an answer ({error_kind(reply)}); answers are not cached"
+            )
             return "failed"
-        return str(_text(reply))
+        return str(as_text(reply))
 
     def invalidate(self, things: Sequence[str], sets: Sequence[Sequence[str]], *, sources: bool) -> Flow[int]:
         """Make every record of `things` unservable at once, then remove those that the sets list.
@@ -264,12 +273,23 @@ class Store:
         """Remove every record of the namespace; returns how many. Raises as `invalidate`."""
         yield from self._check_secret()
         (names,) = yield Commands((("SMEMBERS", self._registry),))
-        _raise(names)
+        raise_error(names)
         yield from self._mark(["namespace"], sources=False)
         removed = 0
-        for name in sorted(_text(n) for n in names):
+        for name in sorted(as_text(n) for n in names):
             removed += yield from self._remove([name])
         return removed
+
+    def held(self, now_ms: int) -> Flow[tuple[int, int]]:
+        """Return how many records can be served, and how many tenants have any (calls without one count as one)."""
+        yield from self._has_search()
+        (names,) = yield Commands((("SMEMBERS", self._registry),))
+        raise_error(names)
+        if not names:
+            return 0, 0
+        counts = yield Commands(tuple(("ZCOUNT", name, f"({now_ms}", "+inf") for name in sorted(names)))
+        living = [int(c) for c in counts if not isinstance(c, Exception) and int(c)]
+        return sum(living), len(living)
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
@@ -296,14 +316,14 @@ class Store:
             dead = tuple(int(d or 0) for d in told[5:])
         except ValueError:
             return None  # somebody else writes under our name
-        fingerprint = _text(told[4] or b"")
+        fingerprint = as_text(told[4] or b"")
         if fingerprint != self._fingerprint:
             warn_once(
                 "another_secret",
                 "other processes use this Redis with another secret, so answers are not shared with them and cannot be "
                 "invalidated from here; give every host the same AEGIS_SECRET_KEY",
             )
-        return Epochs(_text(told[0]), clock, dead, source, bool(told[3]), fingerprint)
+        return Epochs(as_text(told[0]), clock, dead, source, bool(told[3]), fingerprint)
 
     def _begin(self, things: Sequence[str]) -> Flow[Epochs | None]:
         """Draw the namespace's incarnation; the first of several processes wins."""
@@ -319,7 +339,7 @@ class Store:
     def _mark(self, things: Sequence[str], *, sources: bool) -> Flow[None]:
         told = (secrets.token_hex(8), self._fingerprint, int(sources), *things)
         (clock,) = yield Commands((("EVAL", _INVALIDATE, 1, self._epochs, *told),))
-        _raise(clock)
+        raise_error(clock)
 
     def _check_secret(self) -> Flow[None]:
         (told,) = yield Commands((self._ask(()),))
@@ -357,7 +377,7 @@ class Store:
                 self.search = False
                 warn_once(
                     "no_search",
-                    f"this Redis has no search ({_kind(reply)}): the semantic tier compares the newest {SCOPE_VECTORS} "
+                    f"this Redis has no search ({error_kind(reply)}): the semantic tier compares the newest {SCOPE_VECTORS} "
                     "questions of a scope itself. Redis 8 or Redis Stack has it",
                 )
             else:
@@ -373,15 +393,17 @@ class Store:
               "TIMEOUT", timeout_ms, "DIALECT", 2),)
         )  # fmt: skip
         if isinstance(reply, Exception):
-            if _is_missing_index(
+            if is_missing_index(
                 reply
             ):  # emptied or restarted: made again, and what is there is indexed in the background
                 self._indexes.discard(embedder)
                 yield from self._ensure_index(embedder, len(vector) // 2)
-            elif _is_unknown_command(reply):
+            elif is_unknown_command(reply):
                 self.search = None  # another server answers now
             return []
-        return [(_text(name), _pairs(fields)) for name, fields in zip(reply[1::2], reply[2::2], strict=True) if fields]
+        return [
+            (as_text(name), as_pairs(fields)) for name, fields in zip(reply[1::2], reply[2::2], strict=True) if fields
+        ]
 
     def _ensure_index(self, embedder: str, dimensions: int) -> Flow[None]:
         if embedder in self._indexes:
@@ -394,17 +416,19 @@ class Store:
         )  # fmt: skip
         if not isinstance(reply, Exception) or "already exists" in str(reply).lower():
             self._indexes.add(embedder)
-        elif _is_unknown_command(reply):
+        elif is_unknown_command(reply):
             self.search = None
         else:
-            warn_once("no_index", f"the search index cannot be made ({_kind(reply)}): only exact repeats are answered")
+            warn_once(
+                "no_index", f"the search index cannot be made ({error_kind(reply)}): only exact repeats are answered"
+            )
 
     def _compare(self, scope: str, embedder: str, vector: bytes, k: int) -> Flow[list[tuple[str, dict[bytes, bytes]]]]:
         name = self._vectors(scope, embedder)
         (reply,) = yield Commands((("HGETALL", name),))
         if isinstance(reply, Exception) or not reply:
             return []
-        rows = sorted(_pairs(reply).items(), key=lambda row: row[1][:16], reverse=True)[:SCOPE_VECTORS]
+        rows = sorted(as_pairs(reply).items(), key=lambda row: row[1][:16], reverse=True)[:SCOPE_VECTORS]
         scores = similarities(vector, [value[16:] for _, value in rows])
         best = sorted(
             (-score, key.decode("ascii", "replace"))
@@ -417,7 +441,7 @@ class Store:
             return []
         replies = yield Commands(tuple(("HGETALL", self._entry(key)) for key in wanted))
         found = [
-            (self._entry(key), _pairs(r))
+            (self._entry(key), as_pairs(r))
             for key, r in zip(wanted, replies, strict=True)
             if r and not isinstance(r, Exception)
         ]
@@ -432,14 +456,14 @@ class Store:
         if len(sets) == 1:
             while True:
                 (members,) = yield Commands((("ZPOPMIN", sets[0], _UNLINK_CHUNK),))
-                _raise(members)
-                names = [_text(m) for m in _members(members)]
+                raise_error(members)
+                names = [as_text(m) for m in popped_members(members)]
                 if not names:
                     return removed
                 removed += yield from self._unlink(names)
         (members,) = yield Commands((("ZINTER", len(sets), *sets),))
-        _raise(members)
-        names = [_text(m) for m in members]
+        raise_error(members)
+        names = [as_text(m) for m in members]
         for start in range(0, len(names), _UNLINK_CHUNK):
             chunk = names[start : start + _UNLINK_CHUNK]
             removed += yield from self._unlink(chunk)
@@ -448,43 +472,5 @@ class Store:
 
     def _unlink(self, exacts: Iterable[str]) -> Flow[int]:
         (count,) = yield Commands((("UNLINK", *(self._entry(e) for e in exacts)),))
-        _raise(count)
+        raise_error(count)
         return int(count)
-
-
-def _text(value: Any) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-
-def _pairs(reply: Any) -> dict[bytes, bytes]:
-    if isinstance(reply, dict):
-        return reply
-    return dict(zip(reply[::2], reply[1::2], strict=True))
-
-
-def _members(reply: Any) -> list[Any]:
-    """ZPOPMIN's members: redis-py makes pairs of them, a raw reply alternates members and scores."""
-    if reply and isinstance(reply[0], (tuple, list)):
-        return [member for member, _ in reply]
-    return list(reply[::2])
-
-
-def _raise(reply: Any) -> None:
-    if isinstance(reply, Exception):
-        raise reply
-
-
-def _kind(error: Exception) -> str:
-    """The first word of an error reply (NOPERM, OOM, READONLY ...): never the text, which may quote a command."""
-    words = str(error).split(maxsplit=1)
-    word = words[0].strip(",.:") if words else ""
-    return word if word.isupper() else type(error).__name__
-
-
-def _is_missing_index(error: Exception) -> bool:
-    text = str(error).lower()
-    return isinstance(error, ResponseError) and ("no such index" in text or "unknown index" in text)
-
-
-def _is_unknown_command(error: Exception) -> bool:
-    return isinstance(error, ResponseError) and "unknown command" in str(error).lower()

@@ -337,6 +337,17 @@ def test_clear_empties_the_namespace(make):
         assert cache.lookup(prompt("Why?"), MODEL) is None
 
 
+def test_health_says_what_the_namespace_holds(make):
+    cache = make()
+    assert (cache.health().redis, cache.health().entries) == (True, 0)
+    for tenant in ("a", "b"):
+        with aegis_scope(tenant=tenant):
+            cache.update(prompt("How long may I keep a book?"), MODEL, chat("28"))
+    other = make(namespace=cache.cache.settings.namespace)  # another process sees the same
+    assert (other.health().entries, other.health().tenants) == (2, 2)
+    assert (cache.health().search, cache.health().embedder) == (True, "words")
+
+
 def test_nothing_that_a_user_typed_or_a_secret_stands_in_redis(make, redis_url):
     cache = make()
     with aegis_scope(tenant="canary-tenant", user="canary-user", sources=["canary-source"]):
@@ -426,6 +437,7 @@ def test_without_redis_every_call_is_a_miss_and_invalidation_says_so(make, tmp_p
         assert cache.lookup(prompt("Why?"), MODEL) is None
         cache.update(prompt("Why?"), MODEL, chat("x"))
         assert cache.get_or_generate("Why?", lambda: "x", pipeline="rag") == "x"
+    assert (cache.health().redis, cache.health().entries) == (False, 0)
     for call in (lambda: cache.invalidate(tenant="a"), cache.clear):
         with pytest.raises(AegisConnectionError, match="call this again"):
             call()

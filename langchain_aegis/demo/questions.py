@@ -29,9 +29,13 @@ class Asked:
 
 
 def read_questions(path: Path) -> list[Asked]:
-    """Read JSON lines. Raises AegisConfigError, which names the line that cannot be read."""
+    """Read JSON lines. Raises AegisConfigError, which names the file, and the line that cannot be read."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as exc:
+        raise AegisConfigError(f"{path} cannot be read: {exc.strerror}") from exc
     asked = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

@@ -22,10 +22,14 @@ def read_documents(directory: Path) -> list[Document]:
     """Return the passages of all .md and .txt files in `directory`; a passage's source is its file's name.
 
     Raises:
-        AegisConfigError: There is no such file, or one is not UTF-8 text.
+        AegisConfigError: There is no such directory or file, or one is not UTF-8 text.
     """
     passages: list[Document] = []
-    for path in sorted(p for p in directory.iterdir() if p.suffix in (".md", ".txt") and p.is_file()):
+    try:
+        paths = sorted(p for p in directory.iterdir() if p.suffix in (".md", ".txt") and p.is_file())
+    except OSError as exc:
+        raise AegisConfigError(f"{directory} cannot be read: {exc.strerror}") from exc
+    for path in paths:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as exc:
@@ -63,10 +67,7 @@ class Passages:
         if len(vectors) != len(self._documents):
             raise AegisConfigError("the embedder returned a vector without a direction")
         try:
-            with self._redis.pipeline(transaction=False) as pipe:
-                for i, (document, vector) in enumerate(zip(self._documents, vectors, strict=True)):
-                    pipe.hset(f"{self._prefix}{i:05d}", mapping={"text": document.page_content, "vec": vector})
-                pipe.execute()
+            # The index first: what is written afterwards is indexed at once, what was there is indexed some time.
             try:
                 self._redis.execute_command(
                     "FT.CREATE", self._index, "PREFIX", 1, self._prefix, "SCHEMA", "vec", "VECTOR", "FLAT", 6,
@@ -75,8 +76,11 @@ class Passages:
             except redis.ResponseError as exc:
                 if "already exists" not in str(exc).lower():
                     self._searched_here = vectors
-            # Documents that were there before the index are indexed in the background.
-            if self._searched_here is None and len(self._search(vectors[0], 1)) == 0:
+            with self._redis.pipeline(transaction=False) as pipe:
+                for i, (document, vector) in enumerate(zip(self._documents, vectors, strict=True)):
+                    pipe.hset(f"{self._prefix}{i:05d}", mapping={"text": document.page_content, "vec": vector})
+                pipe.execute()
+            if self._searched_here is None and len(self._search(vectors[0], len(vectors))) < len(vectors):
                 self._searched_here = vectors
         except redis.RedisError as exc:
             raise AegisConnectionError(f"Redis did not keep the documents: {type(exc).__name__}") from exc
@@ -86,11 +90,17 @@ class Passages:
 
         A fixed order makes prompts with the same passages the same prompt: for the cache, and for Ollama's own
         prompt cache, which reuses a common beginning.
+
+        Raises:
+            AegisConnectionError: Redis does not answer any more.
         """
         vector = pack(await self._embeddings.aembed_query(question))
         if vector is None:
             return []
-        found = await asyncio.to_thread(self._search, vector, k)
+        try:
+            found = await asyncio.to_thread(self._search, vector, k)
+        except redis.RedisError as exc:
+            raise AegisConnectionError(f"Redis did not find the documents: {type(exc).__name__}") from exc
         return [self._documents[i] for i in sorted(found)]
 
     def close(self) -> None:

@@ -19,11 +19,12 @@ from langchain_core.messages import AIMessage
 from rich.console import Console
 
 from langchain_aegis import __version__
-from langchain_aegis.cache import AegisSemanticCache, was_cached
+from langchain_aegis.cache import AegisSemanticCache
 from langchain_aegis.chat_models import ChatAegis
 from langchain_aegis.demo.questions import Asked, read_questions
 from langchain_aegis.errors import AegisConfigError, AegisError
 from langchain_aegis.lookup import Lookup
+from langchain_aegis.results import was_cached
 from langchain_aegis.scope import aegis_scope
 from langchain_aegis.vectors import similarities
 from langchain_aegis.verification import GUARDS
@@ -107,7 +108,7 @@ def run_demo(
     except AegisError as exc:
         if os.environ.get("AEGIS_DEBUG"):
             raise
-        progress.print(f"aegis demo: {exc}", markup=False, highlight=False, soft_wrap=True)
+        progress.print(f"aegis demo: {' '.join(str(exc).split())}", markup=False, highlight=False, soft_wrap=True)
         return _EXIT_NOT_STARTED
     except ModuleNotFoundError as exc:
         progress.print(f"aegis demo: {exc.name} is missing; run: pip install 'langchain-aegis[embedded]'", markup=False)
@@ -135,8 +136,8 @@ class Demo:
         self._asked = asked
         self._progress = progress
         self._seen: list[Lookup] = []
-        # Entries of other documents, models or rules must not be met: their questions are not in this list.
-        told = f"{passages.digest}\0{stack.model}\0{no_guards}"
+        # Entries of other documents, questions, models or rules must not be met: who asked for them is not known here.
+        told = f"{passages.digest}\0{stack.model}\0{no_guards}\0{[(a.question, a.source) for a in asked]}"
         self._version = hashlib.blake2b(told.encode(), digest_size=4).hexdigest()
         self._cache = AegisSemanticCache(
             stack.redis_url,
@@ -200,6 +201,8 @@ class Demo:
         started = time.perf_counter()
         answer = await ask(asked.question)
         time_s = time.perf_counter() - started
+        if len(self._seen) == before:
+            raise AegisConfigError("the cache was not asked: is it switched off by REDIS_CACHE_ENABLED?")
         found = self._seen[before]
         hit = was_cached(answer)
         origin = (found.record.question or asked.question) if hit and found.record is not None else None

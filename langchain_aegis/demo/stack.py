@@ -56,35 +56,35 @@ def start_stack(
     """
     settings = AegisSettings.from_env()
     with contextlib.ExitStack() as exits:
-        say("starting Redis and the model ...")
+        # Whatever was told and does not work is said before anything is started.
         found_redis = _own_redis(redis_url, settings, say)
+        found_ollama = _own_ollama(ollama_url, settings, say)
+        if found_ollama is not None:
+            chosen = _own_model(found_ollama, model or settings.model_generation)
+        elif model not in (None, EMBEDDED_MODEL):
+            raise AegisConfigError(
+                f"the embedded server has {EMBEDDED_MODEL} only; for {model} set OLLAMA_BASE_URL or --ollama-url"
+            )
+        else:
+            chosen = EMBEDDED_MODEL
+        say("starting ...")
+        kind, where = (redact_url(url) if url is not None else "embedded" for url in (found_redis, found_ollama))
         if found_redis is None:
             found_redis = exits.enter_context(EmbeddedRedis()).url
-            kind = "embedded"
-        else:
-            kind = redact_url(found_redis)
-        own_ollama = _own_ollama(ollama_url, settings, say)
-        if own_ollama is None:
-            if model not in (None, EMBEDDED_MODEL):
-                raise AegisConfigError(
-                    f"the embedded server has {EMBEDDED_MODEL} only; for {model} set OLLAMA_BASE_URL or --ollama-url"
-                )
-            own_ollama = exits.enter_context(EmbeddedOllama()).base_url
-            model, where = EMBEDDED_MODEL, "embedded"
-        else:
-            model, where = _own_model(own_ollama, model or settings.model_generation), redact_url(own_ollama)
+        if found_ollama is None:
+            found_ollama = exits.enter_context(EmbeddedOllama()).base_url
         embeddings: Embeddings = MiniLMEmbeddings()
         if where != "embedded" and settings.model_embeddings is not None:
-            embeddings = AegisEmbeddings(settings.model_embeddings, base_url=own_ollama)
+            embeddings = AegisEmbeddings(settings.model_embeddings, base_url=found_ollama)
         embeddings.embed_query("warm up")  # loading it is not part of anybody's first question
         about = {
             "redis": kind,
             "ollama": where,
-            "model": model,
+            "model": chosen,
             "embedder": getattr(embeddings, "model", type(embeddings).__name__),
-            "ollama_version": OllamaClient(own_ollama).version(),
+            "ollama_version": OllamaClient(found_ollama).version(),
         }
-        yield Stack(redis_url=found_redis, ollama_url=own_ollama, model=model, embeddings=embeddings, about=about)
+        yield Stack(redis_url=found_redis, ollama_url=found_ollama, model=chosen, embeddings=embeddings, about=about)
 
 
 def _own_redis(told: str | None, settings: AegisSettings, say: Callable[[str], None]) -> str | None:
