@@ -111,7 +111,8 @@ def run_demo(
         progress.print(f"aegis demo: {' '.join(str(exc).split())}", markup=False, highlight=False, soft_wrap=True)
         return _EXIT_NOT_STARTED
     except ModuleNotFoundError as exc:
-        progress.print(f"aegis demo: {exc.name} is missing; run: pip install 'langchain-aegis[embedded]'", markup=False)
+        line = f"aegis demo: {exc.name} is missing; run: pip install 'langchain-aegis[embedded]'"
+        progress.print(line, markup=False, highlight=False, soft_wrap=True)
         return _EXIT_NOT_STARTED
     report = demo.report()
     if json:
