@@ -94,10 +94,13 @@ def _numbers_differ(cached: Profile, new: Profile) -> bool:
 
 def _swapped(cached: Profile, new: Profile, known: Lexicon) -> bool:
     """Return whether two things change places ("does A call B", "does B call A")."""
-    left, right = (_canonical_order(one, known) for one in (cached, new))
-    turned = (cached.flags ^ new.flags) & PASSIVE
-    if turned or left == right or len(left) != len(right) or sorted(left) != sorted(right):
-        return bool(turned) and left == right and len(left) > 2  # "views that use tables", "views used by tables"
+    if len(cached.order) != len(new.order):
+        return False
+    left, right = _canonical_order(cached, known), _canonical_order(new, known)
+    if (cached.flags ^ new.flags) & PASSIVE:
+        return left == right and len(left) > 2  # "views that use tables", "views used by tables"
+    if left == right or sorted(left) != sorted(right):
+        return False
     differ = [at for at in range(len(left)) if left[at] != right[at]]
     if len(differ) == 2 and differ[1] > differ[0] + 1:
         # "The largest table of the base", "which table is largest": a quality may stand anywhere.
@@ -123,20 +126,21 @@ def _canonical_order(one: Profile, known: Lexicon) -> list[int]:
 
 def _wording(cached: Profile, new: Profile, known: Lexicon) -> list[str]:
     """Return the guards over the order of the terms and over those that only one of the questions holds."""
-    left = _unexplained(cached, new, known)
-    right = _unexplained(new, cached, known)
+    mine, theirs = cached.terms, new.terms
+    left = _unexplained(mine - theirs, theirs, known.implied[new.question], known)
+    right = _unexplained(theirs - mine, mine, known.implied[cached.question], known)
     if left and right:
         _drop_misspelt(left, right, cached, new)
     if not left or not right:
-        left -= known.light
-        right -= known.light
+        left = left - known.light
+        right = right - known.light
     if not (left or right):
         return ["order"] if _swapped(cached, new, known) else []
     if (not left or not right) and (
         cached.numbers & new.numbers or cached.names & new.names or cached.identifiers & new.identifiers
     ):
-        left -= known.category
-        right -= known.category
+        left = left - known.category
+        right = right - known.category
     found = []
     odd = left | right
     if cached.identifiers != new.identifiers and not odd.isdisjoint(cached.identifiers | new.identifiers):
@@ -161,8 +165,9 @@ def _reworded(left: set[int], right: set[int], cached: Profile, new: Profile, kn
     shared = min(len(cached.terms) - len(left), len(new.terms) - len(right))
     if max(len(left), len(right)) > 3 or len(odd) > 5 or shared < (2 if len(odd) < 3 else 3):
         return False
-    marked = (known.graded, known.particular, cached.names, new.names, cached.identifiers, new.identifiers)
-    return all(odd.isdisjoint(words) for words in marked) and _differences(cached.frame, new.frame) >= _NEW_CONSTRUCTION
+    if not (known.graded.isdisjoint(odd) and known.particular.keys().isdisjoint(odd)):
+        return False
+    return _differences(cached.frame, new.frame) >= _NEW_CONSTRUCTION
 
 
 def _differences(left: bytes, right: bytes) -> int:
@@ -176,23 +181,22 @@ def _differences(left: bytes, right: bytes) -> int:
     return count + len(rest)
 
 
-def _unexplained(mine: Profile, other: Profile, known: Lexicon) -> set[int]:
-    """Return the terms of one question that the other neither holds nor says in another word."""
-    theirs = other.terms
-    odd = mine.terms - theirs
-    if not odd:
-        return set()
-    related, implied = known.related, known.implied[other.question]
+def _unexplained(odd: frozenset[int], theirs: frozenset[int], implied: frozenset[int], known: Lexicon) -> set[int]:
+    """Return the `odd` terms that the other question does not say in another word, nor asks for anyway."""
+    related = known.related
     return {term for term in odd if term & DIGEST or (term not in implied and related[term].isdisjoint(theirs))}
 
 
 def _drop_misspelt(left: set[int], right: set[int], cached: Profile, new: Profile) -> None:
     """Take out of both sets the terms that are the same word but for swapped or doubled letters."""
-    if max(left) < DIGEST > max(right):
-        return  # two words of the lexicon are two words, however alike they look
-    theirs = {digest: new.order[at] for at, digest in new.spellings if new.order[at] in right}
+    order = new.order
+    theirs = {digest: order[at] for at, digest in new.spellings if order[at] in right}
+    if not theirs:
+        return
+    order = cached.order
     for at, digest in cached.spellings:
-        mine, other = cached.order[at], theirs.get(digest, 0)
-        if mine in left and other in right and (mine | other) & DIGEST:
-            left.discard(mine)
+        other = theirs.get(digest)
+        # Two words of the lexicon are two words, however alike they look.
+        if other is not None and order[at] in left and (order[at] | other) & DIGEST:
+            left.discard(order[at])
             right.discard(other)
