@@ -1,4 +1,4 @@
-"""The words that the guards and the question rules know, read from data files once per process."""
+"""The vocabulary of the package, read from data files once per process."""
 
 from __future__ import annotations
 

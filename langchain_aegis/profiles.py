@@ -307,11 +307,9 @@ class _Reader:
                 return after
             else:
                 unit = suffix
-        else:
-            word = form.word
-            assert word is not None  # noqa: S101
-            weak = word.weak
-            value = _plain(word.value if word.value is not None else word.factor or 0)
+        elif form.word is not None:
+            weak = form.word.weak
+            value = _plain(form.word.value if form.word.value is not None else form.word.factor or 0)
         while after < len(self.forms):
             word = self.forms[after].word
             if word is None or unit:
