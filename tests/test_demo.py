@@ -357,16 +357,6 @@ def test_for_people_it_prints_tables_on_stdout_and_progress_on_stderr(demo):
     assert "Summary" not in err
 
 
-def test_the_command_prints_one_json_document_and_nothing_else_on_stdout(empty_redis, scripted, home):
-    done = subprocess.run(
-        [sys.executable, "-m", "langchain_aegis", "demo", "--json", "--redis-url", empty_redis, "--ollama-url",
-         scripted.base_url, "--model", "scripted"],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    check(json.loads(done.stdout))
-
-
 # -- with documents and questions of one's own
 
 SHOP = {
@@ -453,6 +443,7 @@ def run_command(home, *arguments):
 
 @pytest.mark.slow
 def test_the_real_parts_run_together_and_the_next_start_knows_the_answers(home):
+    """Also: the command prints one JSON document on stdout, and nothing else there."""
     first = run_command(home)
     assert first["stack"]["redis"] == first["stack"]["ollama"] == "embedded"
     assert first["summary"]["wrong_hits"] == 0
