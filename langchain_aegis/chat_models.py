@@ -21,6 +21,7 @@ from langchain_core.utils.utils import secret_from_env
 from ollama import Tool
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, model_validator
 
+from langchain_aegis.admission import Admission
 from langchain_aegis.answers import Whole, read_chunk, read_result
 from langchain_aegis.client import OllamaClient
 from langchain_aegis.endpoint import Endpoint
@@ -45,6 +46,7 @@ from langchain_aegis.options import (
     resolve_aliases,
 )
 from langchain_aegis.replays import StreamEntry, as_chunks
+from langchain_aegis.servers import admission_of
 from langchain_aegis.settings import AegisSettings, normalise_base_url
 
 
@@ -59,6 +61,9 @@ class ChatAegis(CachedChat):
     Args:
         model: Name of the model; default `OLLAMA_MODEL_GENERATION`.
         base_url: Address of the server; default `OLLAMA_BASE_URL`. `user:password@` in it is sent, never shown.
+        max_concurrency: How many calls of this process the server gets at once, shared by all models of that address
+            (the smallest value wins; default 4). Further calls wait for their turn, for as long as `timeout`;
+            `BatchingChatModel` bounds the queue, too.
         on_overflow: What happens to a prompt that does not fit into the model's window: "raise" an
             AegisContextOverflowError, or "warn" and let the server cut it.
         timeout: Seconds that a whole answer may take; default `AEGIS_DEADLINE_S`.
@@ -105,6 +110,7 @@ class ChatAegis(CachedChat):
 
     _endpoint: Endpoint = PrivateAttr()
     _default_keep_alive: str = PrivateAttr()
+    _slots: int | None = PrivateAttr(default=None)
 
     def __init__(self, model: str | None = None, **arguments: Any) -> None:
         check_names(arguments, {*type(self).model_fields, *ALIASES}, f"argument of {type(self).__name__}:")
@@ -135,6 +141,9 @@ class ChatAegis(CachedChat):
             check_keep_alive(self.keep_alive)
         settings = AegisSettings.from_env()
         self._default_keep_alive = settings.keep_alive
+        # The smallest number that anybody asks for wins, so the default of all is not asked for.
+        told = settings.max_concurrency if settings.max_concurrency != AegisSettings.max_concurrency else None
+        self._slots = told if self.max_concurrency is None else self.max_concurrency
         self._endpoint = Endpoint.of(
             self.base_url or settings.ollama_base_url,
             settings,
@@ -323,44 +332,56 @@ class ChatAegis(CachedChat):
     def _server(self) -> OllamaClient:
         return self._endpoint.client(self.base_url)
 
+    @property
+    def _admission(self) -> Admission:
+        """The slots of the server, shared by all that call it in this process; looked up, so a copy has its own."""
+        return admission_of(self, max_concurrency=self._slots)
+
     def _ask(self, call: Call, body: dict[str, Any]) -> dict[str, Any]:
         bounds = self._endpoint.bounds(call.timeout_s)
-        try:
-            return self._server.chat(body, **bounds)
-        except AegisContextOverflowError as exc:
-            return self._server.chat(self._cut(body, exc), **bounds)
+        with self._admission.slot(wait="queue", deadline_s=bounds["timeouts"].deadline_s):
+            try:
+                return self._server.chat(body, **bounds)
+            except AegisContextOverflowError as exc:
+                return self._server.chat(self._cut(body, exc), **bounds)
 
     async def _aask(self, call: Call, body: dict[str, Any]) -> dict[str, Any]:
         bounds = self._endpoint.bounds(call.timeout_s)
-        try:
-            return await self._server.achat(body, **bounds)
-        except AegisContextOverflowError as exc:
-            return await self._server.achat(self._cut(body, exc), **bounds)
+        async with self._admission.aslot(wait="queue", deadline_s=bounds["timeouts"].deadline_s):
+            try:
+                return await self._server.achat(body, **bounds)
+            except AegisContextOverflowError as exc:
+                return await self._server.achat(self._cut(body, exc), **bounds)
 
     def _ask_stream(self, call: Call, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
         bounds, begun = self._endpoint.bounds(call.timeout_s), False
-        try:
-            for part in self._server.chat_stream(body, **bounds):
-                begun = True
-                yield part
-        except AegisContextOverflowError as exc:
-            if begun:
-                raise
-            yield from self._server.chat_stream(self._cut(body, exc), **bounds)
+        # Held: whoever reads this stream may call the model in between, and must not wait for the slot taken here.
+        with self._admission.slot(wait="queue", deadline_s=bounds["timeouts"].deadline_s) as ticket, ticket.held():
+            try:
+                for part in self._server.chat_stream(body, **bounds):
+                    begun = True
+                    yield part
+            except AegisContextOverflowError as exc:
+                if begun:
+                    raise
+                yield from self._server.chat_stream(self._cut(body, exc), **bounds)
 
     async def _aask_stream(self, call: Call, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         bounds, begun = self._endpoint.bounds(call.timeout_s), False
-        try:
-            async with contextlib.aclosing(self._server.achat_stream(body, **bounds)) as parts:
-                async for part in parts:
-                    begun = True
-                    yield part
-        except AegisContextOverflowError as exc:
-            if begun:
-                raise
-            async with contextlib.aclosing(self._server.achat_stream(self._cut(body, exc), **bounds)) as parts:
-                async for part in parts:
-                    yield part
+        slot = self._admission.aslot(wait="queue", deadline_s=bounds["timeouts"].deadline_s)
+        async with slot as ticket:
+            with ticket.held():
+                try:
+                    async with contextlib.aclosing(self._server.achat_stream(body, **bounds)) as parts:
+                        async for part in parts:
+                            begun = True
+                            yield part
+                except AegisContextOverflowError as exc:
+                    if begun:
+                        raise
+                    async with contextlib.aclosing(self._server.achat_stream(self._cut(body, exc), **bounds)) as parts:
+                        async for part in parts:
+                            yield part
 
     def _cut(self, body: dict[str, Any], refusal: AegisContextOverflowError) -> dict[str, Any]:
         """Return the request that lets the server cut the prompt, or raise `refusal` where that is not wanted."""
