@@ -76,12 +76,8 @@ def demo(
     ollama_url: OllamaUrl = None,
     no_guards: Annotated[bool, typer.Option("--no-guards", help="Serve what the guards would stop.")] = False,
     as_json: Json = False,
-    documents: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Directory of .md and .txt files.")
-    ] = None,
-    questions: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="JSON lines: question, kind, source, fact.")
-    ] = None,
+    documents: Annotated[Path | None, typer.Option(help="Directory of .md and .txt files.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="JSON lines: question, kind, source, fact.")] = None,
 ) -> None:
     """Answer questions with a LangGraph RAG graph and real parts, and show what the cache did.
 

@@ -162,10 +162,11 @@ def test_an_error_that_is_not_ours_is_not_hidden(demo, main):
 
 
 @pytest.mark.parametrize("option", ["--documents", "--questions"])
-def test_files_of_the_demo_must_exist(demo, option):
+def test_a_file_of_the_demo_that_is_not_there_is_said_in_one_line(option):
     done = CliRunner().invoke(cli.app, ["demo", option, "/no/such/place"])
     assert done.exit_code == 2
-    assert not demo
+    assert (done.stdout, done.stderr.count("\n")) == ("", 1)
+    assert "/no/such/place" in done.stderr
 
 
 # -- The cache ---------------------------------------------------------------------------------------------------
