@@ -11,14 +11,14 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput, ModelProfile
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
-from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable, ensure_config
+from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
 from pydantic import PrivateAttr
 
 from langchain_aegis.bulk import awork_through
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.fleet import Fallback, Fleet
 from langchain_aegis.recached import Recached
-from langchain_aegis.routing import Call, Routes
+from langchain_aegis.routing import Call, Routed, Routes
 from langchain_aegis.scope import current
 
 ChooseTask = Callable[[list[BaseMessage]], str | None]
@@ -106,11 +106,11 @@ class AegisRouter(Routes, BaseChatModel):  # type: ignore[misc]  # LangChain ove
 
     def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
         """Bind tools as the model does that a call chooses."""
-        return _Routed(router=self, way="bind_tools", what=tools, arguments=kwargs)
+        return Routed(router=self, way="bind_tools", what=tools, arguments=kwargs)
 
     def with_structured_output(self, schema: dict[str, Any] | type, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
         """Structure the output as the model does that a call chooses."""
-        return _Routed(router=self, way="with_structured_output", what=schema, arguments=kwargs)
+        return Routed(router=self, way="with_structured_output", what=schema, arguments=kwargs)
 
     def generate(
         self, messages: list[list[BaseMessage]], stop: list[str] | None = None, callbacks: Callbacks = None,
@@ -212,31 +212,6 @@ class AegisRouter(Routes, BaseChatModel):  # type: ignore[misc]  # LangChain ove
         run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:  # fmt: skip
         return self._candidates(messages)[0]._astream(messages, stop, run_manager, **kwargs)
-
-
-class _Routed(Routes, RunnableSerializable[LanguageModelInput, Any]):
-    """What a router makes of itself with tools or a schema: made of the chosen model when a call comes."""
-
-    router: Any
-    way: str
-    what: Any
-    arguments: dict[str, Any]
-    _ready: dict[int, tuple[BaseChatModel, Runnable[Any, Any]]] = PrivateAttr(default_factory=dict)
-
-    def call(self, input: Any, config: RunnableConfig | None) -> Call:
-        """Return the way of a call through the models."""
-        return self.router.call(input, config)  # type: ignore[no-any-return]
-
-    @property
-    def width(self) -> int:
-        """How many items of a batch are under way at most."""
-        return self.router.width  # type: ignore[no-any-return]
-
-    def made(self, model: BaseChatModel) -> Runnable[Any, Any]:
-        """Return what `model` makes of itself; made once."""
-        if (ready := self._ready.get(id(model))) is None:
-            ready = self._ready[id(model)] = model, getattr(model, self.way)(self.what, **self.arguments)
-        return ready[1]
 
 
 def _told(kwargs: dict[str, Any], i: int) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import httpx
 from langchain_core.callbacks import BaseCallbackHandler, BaseCallbackManager, Callbacks
 from langchain_core.exceptions import ModelConnectionError, ModelTimeoutError
-from langchain_core.language_models import BaseChatModel
-from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
+from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable, ensure_config
 from langchain_core.runnables.config import get_config_list
+from pydantic import PrivateAttr
 
 from langchain_aegis.bulk import Bulk, Configs
 from langchain_aegis.errors import AegisError
@@ -191,6 +192,31 @@ class Routes(Bulk):
     def _configs(self, config: Configs, count: int) -> tuple[list[RunnableConfig], int]:
         configs = get_config_list(config, count) if count else []
         return configs, (configs[0].get("max_concurrency") if configs else None) or self.width
+
+
+class Routed(Routes, RunnableSerializable[LanguageModelInput, Any]):
+    """What a router makes of itself with tools or a schema: made of the chosen model when a call comes."""
+
+    router: Any
+    way: str
+    what: Any
+    arguments: dict[str, Any]
+    _ready: dict[int, tuple[BaseChatModel, Runnable[Any, Any]]] = PrivateAttr(default_factory=dict)
+
+    def call(self, input: Any, config: RunnableConfig | None) -> Call:
+        """Return the way of a call through the models."""
+        return self.router.call(input, config)  # type: ignore[no-any-return]
+
+    @property
+    def width(self) -> int:
+        """How many items of a batch are under way at most."""
+        return self.router.width  # type: ignore[no-any-return]
+
+    def made(self, model: BaseChatModel) -> Runnable[Any, Any]:
+        """Return what `model` makes of itself; made once."""
+        if (ready := self._ready.get(id(model))) is None:
+            ready = self._ready[id(model)] = model, getattr(model, self.way)(self.what, **self.arguments)
+        return ready[1]
 
 
 class _Tokens(BaseCallbackHandler):
