@@ -16,7 +16,7 @@ demo: install
 	@$(BIN)/python -m langchain_aegis demo
 
 test: install
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: install
 	@$(BIN)/python tools/check.py

@@ -1,6 +1,5 @@
 """How an application is tested without a model: `pytest examples/test_an_application.py`."""
 
-# ruff: noqa: S101 - tests assert
 from collections.abc import Iterator
 
 import pytest
