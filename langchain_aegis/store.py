@@ -377,8 +377,8 @@ class Store:
                 self.search = False
                 warn_once(
                     "no_search",
-                    f"this Redis has no search ({error_kind(reply)}): the semantic tier compares the newest {SCOPE_VECTORS} "
-                    "questions of a scope itself. Redis 8 or Redis Stack has it",
+                    f"this Redis has no search ({error_kind(reply)}): the semantic tier compares the newest "
+                    f"{SCOPE_VECTORS} questions of a scope itself. Redis 8 or Redis Stack has it",
                 )
             else:
                 self.search = True
