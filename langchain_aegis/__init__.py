@@ -6,7 +6,36 @@ Public names are imported on first use, so that `import langchain_aegis` loads n
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what `__getattr__` imports when it is asked for, said to type checkers
+    from langchain_aegis.cache import AegisSemanticCache as AegisSemanticCache
+    from langchain_aegis.chat_models import ChatAegis as ChatAegis
+    from langchain_aegis.embeddings import AegisEmbeddings as AegisEmbeddings
+    from langchain_aegis.errors import AegisClosedError as AegisClosedError
+    from langchain_aegis.errors import AegisConfigError as AegisConfigError
+    from langchain_aegis.errors import AegisConnectionError as AegisConnectionError
+    from langchain_aegis.errors import AegisContextOverflowError as AegisContextOverflowError
+    from langchain_aegis.errors import AegisDeadlineError as AegisDeadlineError
+    from langchain_aegis.errors import AegisError as AegisError
+    from langchain_aegis.errors import AegisModelNotFoundError as AegisModelNotFoundError
+    from langchain_aegis.errors import AegisOptionError as AegisOptionError
+    from langchain_aegis.errors import AegisOverloadedError as AegisOverloadedError
+    from langchain_aegis.errors import AegisRequestError as AegisRequestError
+    from langchain_aegis.errors import AegisServerError as AegisServerError
+    from langchain_aegis.errors import AegisStreamError as AegisStreamError
+    from langchain_aegis.errors import AegisTimeoutError as AegisTimeoutError
+    from langchain_aegis.middleware import AegisCacheMiddleware as AegisCacheMiddleware
+    from langchain_aegis.results import Answer as Answer
+    from langchain_aegis.results import was_cached as was_cached
+    from langchain_aegis.router import AegisRouter as AegisRouter
+    from langchain_aegis.runnables import BatchingChatModel as BatchingChatModel
+    from langchain_aegis.runnables import BatchingEmbeddings as BatchingEmbeddings
+    from langchain_aegis.runnables import BatchingRunnable as BatchingRunnable
+    from langchain_aegis.runnables import batching as batching
+    from langchain_aegis.scope import aegis_scope as aegis_scope
+    from langchain_aegis.scope import aegis_sources as aegis_sources
+    from langchain_aegis.settings import AegisSettings as AegisSettings
 
 __version__ = "0.1.0"
 

@@ -111,7 +111,7 @@ def test_every_module_has_its_place_in_the_order():
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_imports_point_one_way(name):
     if name == "":
-        assert not list(own_imports(name)), "the package imports its modules on first use only"
+        assert not any(now for _, now in own_imports(name)), "the package imports its modules on first use only"
         return
     for target, _ in own_imports(name):
         if target == "":
@@ -120,6 +120,13 @@ def test_imports_point_one_way(name):
             assert node_names <= {"__version__"}, f"{name} imports from the package itself: import the module"
         elif unit(target) != unit(name) and (unit(name), unit(target)) not in EXCEPTIONS:
             assert ORDER.index(unit(target)) < ORDER.index(unit(name)), f"{name} imports {target}"
+
+
+def test_type_checkers_know_every_public_name():
+    """What is imported on first use is imported under TYPE_CHECKING too: else it would be Any to users."""
+    (block,) = (n for n in modules()[""].body if isinstance(n, ast.If))
+    typed = {(a.asname, n.module) for n in block.body for a in n.names}
+    assert typed == {(name, f"langchain_aegis.{module}") for name, module in langchain_aegis._HOME_OF.items()}
 
 
 def test_no_two_modules_import_each_other():
