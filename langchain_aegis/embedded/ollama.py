@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import signal
 import site
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
+from langchain_aegis.embedded.server import EmbeddedServer
 from langchain_aegis.errors import AegisConfigError, AegisConnectionError, AegisError
 from langchain_aegis.home import aegis_home
 from langchain_aegis.settings import AegisSettings
@@ -33,7 +32,7 @@ ENGINES: tuple[EngineName, ...] = ("llama", "scripted")
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "ORT_DISABLE_TELEMETRY": "1"}
 
 
-class EmbeddedOllama:
+class EmbeddedOllama(EmbeddedServer):
     """An Ollama-like server in a child process, ended with its last user.
 
     Starts when entered, or when `base_url` is first read. A server that died is started again when `base_url` is next
@@ -48,6 +47,9 @@ class EmbeddedOllama:
         home: Directory for lock and log, default: this package's home (see `langchain_aegis.home`).
         shared: All processes of this user use one server per `home`. Default: yes for "llama", no for "scripted",
             which otherwise is this object's own.
+
+    Starting raises AegisConfigError if a package, a system library or the model's weights are missing, and
+    AegisConnectionError, which says why, if the server does not start.
     """
 
     def __init__(
@@ -59,68 +61,23 @@ class EmbeddedOllama:
     ) -> None:
         if engine not in ENGINES:
             raise AegisConfigError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+        super().__init__()
         self._engine = engine
         self._home = home
         self._shared = engine == "llama" if shared is None else shared
-        self._guard: SharedServer | None = None
-        self._lock, self._lock_pid = threading.Lock(), os.getpid()
 
     @property
     def base_url(self) -> str:
         """Address of the server, `http://127.0.0.1:<port>`; starts it, which blocks for 1 to 10 s."""
         return f"http://127.0.0.1:{self.start().address['port']}"
 
-    @property
-    def pid(self) -> int:
-        """Process id of the server itself; starts it."""
-        return self.start().pid
-
     def start(self) -> ServerInfo:
-        """Start the server, or attach to it; does nothing while it runs.
-
-        Raises:
-            AegisConfigError: A package, a system library or the model's weights are missing; one line says which.
-            AegisConnectionError: The server did not start; the message says why.
-        """
-        with self._exclusive():
-            if self._guard is None or not self._guard.home.exists():
-                self._guard = self._make()
-            info = self._guard.acquire()
-            if reason := info.address.get("error"):
-                self._guard.release()
-                raise (AegisConfigError if info.address.get("config") else AegisConnectionError)(reason)
-            return info
-
-    def close(self) -> None:
-        """Leave the server; the last one to do so stops it."""
-        with self._exclusive():
-            if self._guard is not None:
-                self._guard.release(wait_s=5.0)
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        try:
-            await asyncio.to_thread(self.start)
-        except asyncio.CancelledError:
-            await asyncio.to_thread(self.close)  # the thread went on: give back what it got
-            raise
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await asyncio.to_thread(self.close)
-
-    @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        if self._lock_pid != os.getpid():  # after a fork: another thread of the parent may have held it
-            self._lock, self._lock_pid = threading.Lock(), os.getpid()
-        with self._lock:
-            yield
+        """Start the server, or attach to it; does nothing while it runs."""
+        info = super().start()
+        if reason := info.address.get("error"):
+            self.close()
+            raise (AegisConfigError if info.address.get("config") else AegisConnectionError)(reason)
+        return info
 
     def _make(self) -> SharedServer:
         if sys.platform == "win32":

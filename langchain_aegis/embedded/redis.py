@@ -6,32 +6,30 @@ on a unix socket in a directory that only this user may enter, on no port.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import hashlib
 import importlib.util
 import os
 import platform
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from langchain_aegis.embedded.server import EmbeddedServer
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.home import aegis_home
 from langchain_aegis.settings import AegisSettings
 
 if TYPE_CHECKING:
-    from langchain_aegis.embedded.guard import ServerInfo, SharedServer
+    from langchain_aegis.embedded.guard import SharedServer
 
 _MODULES = ("redisearch.so", "rejson.so")
 _MAX_MEMORY = "512mb"
 _INSTALL = "run: pip install 'langchain-aegis[embedded]'"
 
 
-class EmbeddedRedis:
+class EmbeddedRedis(EmbeddedServer):
     """A Redis server of this user that ends with its last user.
 
     Starts when entered, or when `url` is first read. All processes of a user share one server per `home`; the last one
@@ -47,6 +45,9 @@ class EmbeddedRedis:
             data of its own, for none reads the other's.
         search: With the search module; `None`: if there is one for this platform.
         shared: False makes a server of its own, in a fresh directory that is deleted at the end, with nothing saved.
+
+    Starting raises AegisConfigError if there is no server or no search module for this platform, or they are not
+    installed, and AegisConnectionError, which says why, if the server does not start.
     """
 
     def __init__(
@@ -57,12 +58,11 @@ class EmbeddedRedis:
         search: bool | None = True,
         shared: bool = True,
     ) -> None:
+        super().__init__()
         self._home = home
         self._program = os.fspath(server) if server else os.environ.get("AEGIS_REDIS_SERVER", "").strip() or None
         self._search = search
         self._shared = shared
-        self._guard: SharedServer | None = None
-        self._lock, self._lock_pid = threading.Lock(), os.getpid()
 
     @property
     def url(self) -> str:
@@ -70,57 +70,9 @@ class EmbeddedRedis:
         return f"unix://{quote(self.start().address['socket'])}"
 
     @property
-    def pid(self) -> int:
-        """Process id of the server itself; starts it."""
-        return self.start().pid
-
-    @property
     def has_search(self) -> bool:
         """Whether the server knows `FT.SEARCH`; starts it."""
         return bool(self.start().address["search"])
-
-    def start(self) -> ServerInfo:
-        """Start the server, or attach to it; does nothing while it runs.
-
-        Raises:
-            AegisConfigError: There is no server or no search module for this platform, or they are not installed.
-            AegisConnectionError: The server did not start; the message says why.
-        """
-        with self._exclusive():
-            if self._guard is None or not self._guard.home.exists():
-                self._guard = self._make()
-            return self._guard.acquire()
-
-    def close(self) -> None:
-        """Leave the server. The last one to do so stops it: its data is saved when this returns."""
-        with self._exclusive():
-            if self._guard is not None:
-                self._guard.release(wait_s=5.0)
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        try:
-            await asyncio.to_thread(self.start)
-        except asyncio.CancelledError:
-            await asyncio.to_thread(self.close)  # the thread went on: give back what it got
-            raise
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await asyncio.to_thread(self.close)
-
-    @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        if self._lock_pid != os.getpid():  # after a fork: another thread of the parent may have held it
-            self._lock, self._lock_pid = threading.Lock(), os.getpid()
-        with self._lock:
-            yield
 
     def _make(self) -> SharedServer:
         if sys.platform == "win32":
