@@ -184,11 +184,11 @@ RESULTS = [
 
 
 def test_the_summary_counts_wrong_hits_and_grounded_answers_apart():
-    assert _summary(RESULTS) == {"hit_rate": 0.5, "wrong_hits": 1, "grounded": "2 of 3", "time_saved_s": 3.0}
+    assert _summary(RESULTS) == {"hit_rate": 0.5, "wrong_hits": 1, "grounded": 2, "judged": 3, "time_saved_s": 3.0}
 
 
 def test_a_summary_of_misses_alone_is_zero():
-    assert _summary([result()]) == {"hit_rate": 0.0, "wrong_hits": 0, "grounded": "0 of 0", "time_saved_s": 0.0}
+    assert _summary([result()]) == {"hit_rate": 0.0, "wrong_hits": 0, "grounded": 0, "judged": 0, "time_saved_s": 0.0}
 
 
 def printed(width):

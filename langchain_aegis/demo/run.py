@@ -30,7 +30,7 @@ from langchain_aegis.vectors import similarities
 from langchain_aegis.verification import GUARDS
 
 _HERE = Path(__file__).parent
-_ANSWER_TOKENS = 32
+_ANSWER_TOKENS = 64
 _EXIT_WRONG_HIT = 1
 _EXIT_NOT_STARTED = 2
 
@@ -110,8 +110,12 @@ def run_demo(
             raise
         progress.print(f"aegis demo: {' '.join(str(exc).split())}", markup=False, highlight=False, soft_wrap=True)
         return _EXIT_NOT_STARTED
-    except ModuleNotFoundError as exc:
-        line = f"aegis demo: {exc.name} is missing; run: pip install 'langchain-aegis[embedded]'"
+    except Exception as exc:  # a bug, or a fault that nobody thought of: in no case a wrong hit, which exit code 1 says
+        if os.environ.get("AEGIS_DEBUG"):
+            raise
+        line = f"aegis demo: ended by {type(exc).__name__}: {' '.join(str(exc).split())} (AEGIS_DEBUG=1 shows where)"
+        if isinstance(exc, ModuleNotFoundError):
+            line = f"aegis demo: {exc.name} is missing; run: pip install 'langchain-aegis[embedded]'"
         progress.print(line, markup=False, highlight=False, soft_wrap=True)
         return _EXIT_NOT_STARTED
     report = demo.report()
@@ -250,7 +254,8 @@ def _summary(results: Sequence[Result]) -> dict[str, Any]:
     return {
         "hit_rate": round(len(hits) / len(results), 3),
         "wrong_hits": sum(r.wrong_hit for r in results),
-        "grounded": f"{sum(judged)} of {len(judged)}",
+        "grounded": sum(judged),
+        "judged": len(judged),
         "time_saved_s": round(sum(r.saved_s for r in hits), 3),
     }
 

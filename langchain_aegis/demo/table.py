@@ -23,7 +23,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         summary.add_column(column)
     for name, part in (("LLM's cache", report["summary"]), ("before retrieval", report["summary"]["before_retrieval"])):
         wrong = Text(str(part["wrong_hits"]), style="bold red" if part["wrong_hits"] else "green")
-        summary.add_row(name, f"{part['hit_rate']:.0%}", wrong, str(part["grounded"]), f"{part['time_saved_s']:.1f}")
+        grounded = f"{part['grounded']} of {part['judged']}"
+        summary.add_row(name, f"{part['hit_rate']:.0%}", wrong, grounded, f"{part['time_saved_s']:.1f}")
     console.print(summary)
     stack = ", ".join(f"{name} {value}" for name, value in report["stack"].items())
     console.print(Text(stack, style="dim"))
