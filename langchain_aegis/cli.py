@@ -132,7 +132,10 @@ def doctor(
 
 @cache_app.command()
 def stats(redis_url: RedisUrl = None, namespace: Namespace = None, as_json: Json = False) -> None:
-    """Print what a namespace holds, for all processes."""
+    """Print what a namespace holds, for all processes.
+
+    Exit code: 0, or 2 if Redis does not answer.
+    """
     with _cache(redis_url, namespace) as cache:
         values = asdict(cache.health())
     del values["embedder"]  # of this process, which needs none
@@ -140,6 +143,7 @@ def stats(redis_url: RedisUrl = None, namespace: Namespace = None, as_json: Json
         _print_json(values)
     else:
         _print_table(values)
+    raise typer.Exit(0 if values["redis"] else 2)
 
 
 @cache_app.command()

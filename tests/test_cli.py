@@ -224,6 +224,10 @@ def test_stats_are_printed_as_a_table_or_as_json(on):
     assert "entries  2" in out
 
 
+def test_stats_without_redis_say_so_in_the_exit_code(main, tmp_path):
+    assert main("cache", "stats", "--redis-url", f"unix://{tmp_path}/none.sock")[0] == 2
+
+
 def test_judging_two_questions_says_why_not(monkeypatch):
     """The exit code says whether the answer would be served."""
     from langchain_aegis.embedded import MiniLMEmbeddings
