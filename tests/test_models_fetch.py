@@ -87,7 +87,12 @@ def not_installed(monkeypatch):
 def pip():
     """A directory with the pip that the standard library ships."""
     ensurepip = pytest.importorskip("ensurepip", reason="this Python ships no pip")
-    bundled = list((Path(ensurepip.__file__).parent / "_bundled").glob("pip-*.whl"))
+    # Distributions may keep it elsewhere: Debian patches ensurepip to look there.
+    places = (
+        Path(ensurepip.__file__).parent / "_bundled",
+        Path(getattr(ensurepip, "_WHEEL_PKG_DIR", None) or "/nowhere"),
+    )
+    bundled = [wheel for place in places for wheel in place.glob("pip-*.whl")]
     if not bundled:
         pytest.skip("this Python ships no pip")
     with tempfile.TemporaryDirectory() as place:
