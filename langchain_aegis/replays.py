@@ -6,12 +6,13 @@ stored. Knows nothing of any particular cache.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar, copy_context
+from typing import Any, TypeVar
 
 from langchain_core.caches import BaseCache
 from langchain_core.language_models._utils import _update_message_content_to_blocks
@@ -22,6 +23,8 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk
 
 from langchain_aegis.notices import warn_once
 from langchain_aegis.scope import seen_config
+
+T = TypeVar("T")
 
 _WORDS_PER_CHUNK = 3
 _MAX_CHUNKS = 32  # a chunk costs some 40 us, and a hit shall not hold the event loop
@@ -43,7 +46,9 @@ def consulted_by_core(model: object) -> Iterator[None]:
 class StreamEntry:
     """Where the answer of one streamed call stands in LangChain's cache.
 
-    A cache that fails is a miss: without it, the stream would have worked.
+    A cache that fails is a miss: without it, the stream would have worked. Lookup and update run in one context, that
+    of the stream's first step: whoever reads the rest of it, maybe in another task and for another tenant, decides
+    neither whose answer it is nor since when nothing was invalidated.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class StreamEntry:
         self._cache = cache
         self._llm_string = llm_string
         self._config = config
+        self._context = copy_context()
 
     @staticmethod
     def applies(model: object) -> bool:
@@ -63,8 +69,7 @@ class StreamEntry:
     def lookup(self) -> AIMessage | None:
         """Return the cached answer, None if there is none."""
         try:
-            with seen_config(self._config):
-                return _first(self._cache.lookup(self._prompt, self._llm_string))
+            return _first(self._run(lambda: self._cache.lookup(self._prompt, self._llm_string)))
         except Exception as exc:  # a cache may raise anything
             _failed(exc)
             return None
@@ -72,8 +77,7 @@ class StreamEntry:
     async def alookup(self) -> AIMessage | None:
         """Do what `lookup` does, without blocking the event loop."""
         try:
-            with seen_config(self._config):
-                return _first(await self._cache.alookup(self._prompt, self._llm_string))
+            return _first(await self._arun(lambda: self._cache.alookup(self._prompt, self._llm_string)))
         except Exception as exc:  # a cache may raise anything
             _failed(exc)
             return None
@@ -81,18 +85,30 @@ class StreamEntry:
     def store(self, generation: ChatGeneration) -> None:
         """Keep a complete answer."""
         try:
-            with seen_config(self._config):
-                self._cache.update(self._prompt, self._llm_string, [generation])
+            self._run(lambda: self._cache.update(self._prompt, self._llm_string, [generation]))
         except Exception as exc:  # a cache may raise anything, and the answer has been given
             _failed(exc)
 
     async def astore(self, generation: ChatGeneration) -> None:
         """Do what `store` does, without blocking the event loop."""
         try:
-            with seen_config(self._config):
-                await self._cache.aupdate(self._prompt, self._llm_string, [generation])
+            await self._arun(lambda: self._cache.aupdate(self._prompt, self._llm_string, [generation]))
         except Exception as exc:  # a cache may raise anything, and the answer has been given
             _failed(exc)
+
+    def _run(self, ask: Callable[[], T]) -> T:
+        def inside() -> T:
+            with seen_config(self._config):
+                return ask()
+
+        return self._context.run(inside)
+
+    async def _arun(self, ask: Callable[[], Awaitable[T]]) -> T:
+        async def inside() -> T:
+            with seen_config(self._config):
+                return await ask()
+
+        return await asyncio.create_task(inside(), context=self._context)
 
 
 def freshen(generations: list[ChatGeneration], message_id: str, output_version: str | None) -> list[AIMessage]:
