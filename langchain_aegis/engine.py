@@ -49,7 +49,7 @@ class Counts:
 class _Pending:
     """A lookup whose update is still to come; the context in which both run carries it."""
 
-    engine: int
+    engine: object
     prompt: str
     llm_string: str
     who: Who
@@ -70,6 +70,7 @@ class Engine:
         self.lock = threading.Lock()
         self._opened: tuple[Keyring, Store] | None = None
         self._seen_tenant = False
+        self._identity = object()  # unlike id(self), never another engine's after this one is gone
 
     @property
     def store(self) -> Store:
@@ -141,8 +142,10 @@ class Engine:
 
     def remember(self, prompt: str, llm_string: str, told: Who, found: Lookup) -> None:
         """Keep a lookup for the update that follows in the same context."""
-        others = (p for p in _pending.get() if (p.engine, p.prompt, p.llm_string) != (id(self), prompt, llm_string))
-        mine = _Pending(id(self), prompt, llm_string, told, found)
+        others = (
+            p for p in _pending.get() if (p.engine, p.prompt, p.llm_string) != (self._identity, prompt, llm_string)
+        )
+        mine = _Pending(self._identity, prompt, llm_string, told, found)
         _pending.set((mine, *others)[:_PENDING_KEPT])
 
     def update(self, prompt: str, llm_string: str, generations: Sequence[Generation]) -> Flow[None]:
@@ -315,7 +318,7 @@ class Engine:
     def _recall(self, prompt: str, llm_string: str, told: Who) -> Lookup | None:
         for pending in _pending.get():
             if (pending.engine, pending.prompt, pending.llm_string, pending.who) == (
-                id(self),
+                self._identity,
                 prompt,
                 llm_string,
                 told,

@@ -232,6 +232,18 @@ def test_tool_calls_and_several_generations_are_served_on_an_exact_repeat_only(m
     assert cache.lookup(prompt("Which branch has a cafe?"), "opaque") == [Generation(text="a"), Generation(text="b")]
 
 
+def test_a_cache_never_takes_over_the_lookup_of_one_that_is_gone(redis_url):
+    """CPython gives a new object the address of one that is gone, often."""
+    for _ in range(40):
+        with AegisSemanticCache(redis_url, Words(), namespace=f"c{uuid.uuid4().hex[:8]}", op_budget_s=5) as cache:
+            cache.lookup(prompt("Why?"), MODEL)
+        del cache
+        with AegisSemanticCache(redis_url, Words(), namespace=f"c{uuid.uuid4().hex[:8]}", op_budget_s=5) as cache:
+            cache.update(prompt("Why?"), MODEL, chat("x"))
+            assert text_of(cache.lookup(prompt("Why?"), MODEL)) == "x"
+        del cache
+
+
 def test_off_and_refresh(make):
     cache = make()
     cache.update(prompt("Why?"), MODEL, chat("old"))
