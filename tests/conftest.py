@@ -117,10 +117,12 @@ def any_redis(request, _clean_environment):
 
 @pytest.fixture(scope="session")
 def minilm(_clean_environment):
-    """The small embedding model, loaded once."""
+    """The small embedding model, loaded once: a cold one may need longer than a lookup waits for it."""
     from langchain_aegis.embedded.minilm import MiniLMEmbeddings
 
-    return MiniLMEmbeddings()
+    embeddings = MiniLMEmbeddings()
+    embeddings.embed_query("warm up")
+    return embeddings
 
 
 @pytest.fixture

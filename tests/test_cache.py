@@ -97,7 +97,13 @@ def make(request, redis_url):
     made = []
 
     def make(url=redis_url, embeddings=None, **kwargs):
-        kwargs = {"namespace": f"c{uuid.uuid4().hex[:8]}", "min_similarity": 0.6, "op_budget_s": 2, **kwargs}
+        kwargs = {
+            "namespace": f"c{uuid.uuid4().hex[:8]}",
+            "min_similarity": 0.6,
+            "op_budget_s": 5,
+            "embed_budget_s": 10,
+            **kwargs,
+        }
         made.append(Driver(AegisSemanticCache(url, embeddings or Words(), **kwargs), request.param == "awaited"))
         return made[-1]
 

@@ -20,7 +20,6 @@ def application(redis_url, minilm, monkeypatch):
     from langchain_core.globals import set_llm_cache
 
     forget_warnings()
-    minilm.embed_query("warm up")  # the scripted model answers before a cold embedder is loaded; real ones take longer
     with ScriptedOllama(models=["llama3.2:8b"]) as server:
         monkeypatch.setenv("OLLAMA_BASE_URL", server.base_url)
         monkeypatch.setenv("REDIS_URL", redis_url)
