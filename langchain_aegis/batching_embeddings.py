@@ -21,6 +21,7 @@ from langchain_aegis.errors import (
     AegisServerError,
 )
 from langchain_aegis.flights import own_error
+from langchain_aegis.flows import arun, run
 from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.servers import admission_of, check_arguments
 from langchain_aegis.tickets import Ticket
@@ -166,17 +167,7 @@ class BatchingEmbeddings(Embeddings):
         try:
             batch.ticket.wait()
             with batch.ticket.held():
-                flow = _ask(batch.wishes)
-                method, argument = next(flow)
-                while True:
-                    try:
-                        answer = getattr(self.inner, method)(argument)
-                    except Exception as exc:  # whatever the embedder raised, the flow decides whose it is
-                        method, argument = flow.throw(exc)
-                    else:
-                        method, argument = flow.send(answer)
-        except StopIteration:
-            pass  # the flow has ended
+                run(_ask(batch.wishes), lambda step: getattr(self.inner, step[0])(step[1]))
         except BaseException as exc:  # nobody may wait for ever
             error = exc
         self._land(None, queue, batch, error)
@@ -186,17 +177,7 @@ class BatchingEmbeddings(Embeddings):
         try:
             await batch.ticket.await_()
             with batch.ticket.held():
-                flow = _ask(batch.wishes)
-                method, argument = next(flow)
-                while True:
-                    try:
-                        answer = await getattr(self.inner, f"a{method}")(argument)
-                    except Exception as exc:  # whatever the embedder raised, the flow decides whose it is
-                        method, argument = flow.throw(exc)
-                    else:
-                        method, argument = flow.send(answer)
-        except StopIteration:
-            pass  # the flow has ended
+                await arun(_ask(batch.wishes), lambda step: getattr(self.inner, f"a{step[0]}")(step[1]))
         except BaseException as exc:  # nobody may wait for ever
             error = exc
             if not isinstance(exc, Exception):
