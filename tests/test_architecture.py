@@ -19,17 +19,18 @@ ORDER = [
     "errors", "settings", "home", "notices", "scope", "loops", "breaker", "flows", "forks", "_compat",
     "messages", "lexicon", "tokens", "profiles", "verification", "questions", "identity", "options", "keys", "entries",
     "answers", "replays", "hits", "vectors",
-    "replies", "store", "connections",
+    "replies", "scripts", "store", "connections", "sweeper",
     "attempts", "refusals", "ndjson", "client", "endpoint",
     "wakers", "tickets", "admission", "bulk", "flights", "calls", "forwarding", "servers",
-    "embedder", "lookup", "results", "cache_options", "engine",
+    "embedder", "verifiers", "shadow", "reasons", "lookup", "results", "counts", "scopes_seen", "cache_options", "reports",
+    "engine", "explain", "pipelines", "transfer", "pairs", "calibration",
     "embeddings", "chat_models", "batching_chat", "batching_embeddings", "runnables", "recached", "fleet", "routing",
     "router", "cache", "middleware",
     "ollama",
     "metrics",
     "embedded", "testing",
     "demo",
-    "cli", "__main__",
+    "cli_cache", "cli", "__main__",
 ]  # fmt: skip
 
 # importer -> imported, against the order, each with its reason.
