@@ -21,8 +21,8 @@ from langchain_aegis.messages import dumps, loads
 
 VERSION: Final = b"1"
 _FIELDS: Final = (
-    "v", "key", "scope", "emb", "digest", "created_ms", "expires_ms", "epochs", "answer", "profile", "vec", "src",
-    "task", "question",
+    "v", "key", "scope", "fields", "emb", "digest", "created_ms", "fresh_ms", "expires_ms", "epochs", "answer",
+    "negative", "profile", "vec", "src", "sets", "task", "question",
 )  # fmt: skip
 _TEXT_FIELDS: Final = frozenset(_FIELDS) - {"v", "answer", "profile", "vec"}
 _NAMES: Final = tuple((name.encode(), len(name).to_bytes(1, "big") + name.encode()) for name in _FIELDS)
@@ -45,15 +45,19 @@ class Record:
     Attributes:
         key: The exact key, which is also part of the record's name.
         scope: The scope, or "".
+        fields: Short digests of the scope's fields, "name=hex,...", so that `explain` can say which one differs.
         emb: Id of the embedder that made `vec`, or "".
         digest: The model's digest when the answer was made, or "".
         created_ms: Unix time in milliseconds.
+        fresh_ms: Unix time in milliseconds from which the answer is stale.
         expires_ms: Unix time in milliseconds after which the record is never served.
         epochs: The namespace's incarnation and clock, as they were before the answer was made.
         answer: The answer as JSON, see `encode_answer`.
         profile: What the guards need to know about the question, or b"".
         vec: The question's vector as float16, little endian, or b"".
+        negative: Whether it says that there is no answer; such answers are kept for a shorter time.
         src: Names of the documents that the answer rests on.
+        sets: Names of the sets that list the record: tenant, user, task, model, sources.
         task: Name of the task, or "".
         question: The question's text if it is kept, else "".
     """
@@ -66,9 +70,13 @@ class Record:
     expires_ms: int
     epochs: str
     answer: bytes
+    fields: str = ""
+    fresh_ms: int = 0
+    negative: bool = False
     profile: bytes = b""
     vec: bytes = b""
     src: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()
     task: str = ""
     question: str = ""
 
@@ -79,6 +87,8 @@ class Record:
             value = getattr(self, f.name)
             if isinstance(value, tuple):
                 value = ",".join(value)
+            elif isinstance(value, bool):
+                value = "1" if value else ""
             values[f.name] = value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
         values["mac"] = _mac(mac_key, {name.encode(): value for name, value in values.items()})
         return values
@@ -96,9 +106,11 @@ def unseal(stored: Mapping[bytes, bytes], mac_key: bytes) -> Record | None:
         text = {name: stored[name.encode()].decode("utf-8", "surrogatepass") for name in _TEXT_FIELDS}
         return Record(
             key=text["key"], scope=text["scope"], emb=text["emb"], digest=text["digest"],
-            created_ms=int(text["created_ms"]), expires_ms=int(text["expires_ms"]), epochs=text["epochs"],
+            created_ms=int(text["created_ms"]), fresh_ms=int(text["fresh_ms"]), expires_ms=int(text["expires_ms"]),
+            epochs=text["epochs"], fields=text["fields"], negative=bool(text["negative"]),
             answer=stored[b"answer"], profile=stored[b"profile"], vec=stored[b"vec"],
-            src=tuple(s for s in text["src"].split(",") if s), task=text["task"], question=text["question"],
+            src=tuple(s for s in text["src"].split(",") if s), sets=tuple(s for s in text["sets"].split(",") if s),
+            task=text["task"], question=text["question"],
         )  # fmt: skip
     except (KeyError, ValueError, AttributeError, TypeError):
         return None
