@@ -11,10 +11,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import langchain_aegis.embedded  # noqa: F401 - sets the environment of OpenMP and onnxruntime before they are loaded
 from langchain_aegis.embedded.redis import EmbeddedRedis, package_path
+
+# No wall clock decides in a test: on two busy cores any example may take longer than hypothesis expects.
+hypothesis.settings.register_profile("aegis", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("aegis")
 
 
 def wait_until(true, timeout_s=10.0, what="the condition"):
