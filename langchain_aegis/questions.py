@@ -108,6 +108,13 @@ def find_question(
     return whole
 
 
+def question_at(last: str, start: int, end: int, *, max_chars: int = 400) -> Question | NoQuestion:
+    """Return what stands at `last[start:end]` as the question, if it is one that can be embedded."""
+    if not 0 <= start <= end <= len(last):
+        return NoQuestion("no_question")
+    return _span(last, start, end, max_chars)
+
+
 def _given(last: str, others: Sequence[str], given: str, max_chars: int) -> Question | NoQuestion:
     if not given:
         return NoQuestion("no_question")

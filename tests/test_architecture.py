@@ -17,12 +17,12 @@ ROOT = Path(langchain_aegis.__file__).parent
 # and under TYPE_CHECKING count too.
 ORDER = [
     "errors", "settings", "home", "notices", "scope", "loops", "breaker", "flows", "forks", "_compat",
-    "messages", "lexicon", "tokens", "profiles", "verification", "questions", "identity", "options", "keys", "entries",
-    "answers", "replays", "hits", "vectors",
+    "messages", "lexicon", "tokens", "profiles", "verification", "questions", "identity", "options", "chunks", "keys",
+    "entries", "answers", "replays", "hits", "vectors",
     "replies", "scripts", "store", "connections", "sweeper",
     "attempts", "refusals", "ndjson", "client", "endpoint",
     "wakers", "tickets", "admission", "bulk", "flights", "calls", "forwarding", "servers",
-    "embedder", "verifiers", "shadow", "reasons", "lookup", "results", "counts", "scopes_seen", "cache_options", "reports",
+    "budgets", "embedder", "verifiers", "shadow", "reasons", "lookup", "results", "counts", "scopes_seen", "cache_options", "reports",
     "engine", "explain", "pipelines", "transfer", "pairs", "calibration",
     "embeddings", "chat_models", "batching_chat", "batching_embeddings", "runnables", "recached", "fleet", "routing",
     "router", "cache", "middleware",

@@ -163,3 +163,66 @@ def test_pipelines_and_versions_never_share():
     keys = [of(), of(version="2"), of(pipeline="rag2"), of(pipeline="rag:1", version="")]
     assert len({k.exact for k in keys}) == len({k.scope for k in keys}) == 4
     assert RING.for_pipeline("x" * 401 + "?", Who(), pipeline="rag", version="").exact_only == "too_long"
+
+
+FIELDS = {"tenant", "user", "task", "model", "options", "tools", "format", "stop", "system", "history", "before",
+          "after", "chunks"}  # fmt: skip
+TALK = (SystemMessage("Help."), HumanMessage("I read."), AIMessage("Good."), HumanMessage("Why?\nQuestion: How?\n\nB"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "names"),
+    [
+        ({}, set()),
+        ({"llm": MODEL.replace("m:1", "m:2")}, {"model"}),
+        ({"llm": MODEL.replace("0.0", "0.7")}, {"options"}),
+        ({"llm": MODEL.replace("None", "['X']")}, {"stop"}),
+        ({"llm": MODEL.replace("('stop'", "('tools', [{'name': 'f'}]), ('stop'")}, {"tools"}),
+        ({"llm": MODEL.replace("('_type'", "('format', 'json'), ('_type'")}, {"format"}),
+        ({"who": Who(tenant="a")}, {"tenant"}),
+        ({"who": Who(user="a")}, {"user"}),
+        ({"who": Who(task="a")}, {"task"}),
+        ({"talk": (SystemMessage("Be rude."), *TALK[1:])}, {"system"}),
+        ({"talk": (*TALK[:2], AIMessage("Bad."), TALK[3])}, {"history"}),
+        ({"talk": (*TALK[:3], HumanMessage("What?\nQuestion: How?\n\nB"))}, {"before"}),
+        ({"talk": (*TALK[:3], HumanMessage("Why?\nQuestion: How?\n\nC"))}, {"after"}),
+        ({"talk": (*TALK[:3], HumanMessage("Why?\nQuestion: Where?\n\nB"))}, set()),
+    ],
+)
+def test_the_fields_of_two_scopes_say_what_differs(changed, names):
+    changed = dict(changed)
+    talk = changed.pop("talk", TALK)
+    one, two = key(*TALK).fields(), key(*talk, **changed).fields()
+    assert one.keys() == two.keys() == FIELDS
+    assert {name for name in FIELDS if one[name] != two[name]} == names
+    assert all(len(value) == 8 and set(value) <= set(string.hexdigits.lower()) for value in two.values())
+
+
+def test_the_fields_of_two_pipelines_say_what_differs():
+    def of(pipeline, version, tenant):
+        return RING.for_pipeline("How?", Who(tenant=tenant), pipeline=pipeline, version=version).fields()
+
+    one, two = of("rag", "1", "a"), of("rag", "2", "b")
+    assert one.keys() == {"tenant", "user", "task", "pipeline", "version"}
+    assert {name for name in one if one[name] != two[name]} == {"tenant", "version"}
+
+
+def test_the_fields_of_a_key_leave_out_a_user_who_shares():
+    ring = Keyring(SECRET, share_within_tenant=True)
+    a, b = (key(*BASE, who=Who(tenant="t", user=u), ring=ring) for u in "ab")
+    assert a.fields() == b.fields()
+
+
+def test_a_key_names_all_that_an_invalidation_may_concern():
+    named = key(*BASE, who=Who(tenant="acme", user="alice", task="chat"))
+    thing = RING.thing
+    alone = [thing("tenant", "acme"), thing("user", "alice"), thing("task", "chat"), thing("model", "m:1")]
+    within = [thing(f"tenant-{kind}", "acme", name) for kind, name in
+              (("user", "alice"), ("task", "chat"), ("model", "m:1"))]  # fmt: skip
+    assert set(named.things) == {"namespace", *alone, *within}
+    assert named.sets == tuple(alone)
+    assert (named.tenant, named.user) == (alone[0], alone[1])
+    nobody = key(*BASE)
+    assert nobody.sets == (thing("tenant", None), thing("model", "m:1"))
+    pipeline = RING.for_pipeline("How?", Who(), pipeline="rag", version="1")
+    assert pipeline.sets == (thing("tenant", None), thing("model", "pipeline:rag"))
