@@ -52,6 +52,10 @@ class Chunks:
         except (re.error, TypeError) as exc:
             raise AegisConfigError(f"chunks: {rule!r} is neither a regular expression nor a callable ({exc})") from exc
 
+    def __bool__(self) -> bool:
+        """Return whether there is a rule."""
+        return self._find is not None
+
     def split(self, text: str) -> Part:
         """Return `text` in pieces."""
         return _part(text, 0, len(text), self._spans(text))

@@ -13,6 +13,7 @@ import hmac
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from langchain_aegis.chunks import ChunkRule, Chunks, Part
@@ -180,12 +181,13 @@ class Keyring:
         reason = model.exact_only or reason
         told = (*self._who(who), model.canonical)
         *others, last = messages
-        rows = [*(self._exact_row(m, None, last=False) for m in others), self._exact_row(last, span, last=True)]
-        exact = self._digest("exact", *told, *(f for row in rows for f in row))
+        before = [self._exact_row(m, None, last=False) for m in others]
+        exact = self._digest("exact", *told, *chain(*before), *self._exact_row(last, span, last=True))
         scope, text = "", None
         if reason is None and span is not None:
-            rows = [*(self._scope_row(m, None) for m in others), self._scope_row(last, span)]
-            scope = self._digest("scope", *told, *(f for row in rows for f in row))
+            if self._chunks:
+                before = [self._scope_row(m, None) for m in others]
+            scope = self._digest("scope", *told, *chain(*before), *self._scope_row(last, span))
             text = span.text
         fields = functools.partial(self._prompt_fields, messages, span, who, model.canonical)
         return self._key(exact, scope, text, reason, who, model.name, fields)
@@ -340,13 +342,14 @@ class Keyring:
 
     def _digest(self, kind: str, *fields: str | bytes | None) -> str:
         digest = hashlib.blake2b(key=self._names_key, digest_size=16, person=b"aegis-name-v1")
+        pieces: list[bytes] = []
         for item in (kind, self._namespace, *fields):
             if item is None:
-                digest.update(b"\xff" * 8)  # no length: a field that is absent equals no text
+                pieces.append(b"\xff" * 8)  # no length: a field that is absent equals no text
                 continue
             data = item if isinstance(item, bytes) else item.encode("utf-8", "surrogatepass")
-            digest.update(len(data).to_bytes(8, "big"))
-            digest.update(data)
+            pieces += len(data).to_bytes(8, "big"), data
+        digest.update(b"".join(pieces))
         return digest.hexdigest()
 
 

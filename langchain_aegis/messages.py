@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ _MESSAGES_PREFIX = '[{"lc": 1, "type": "constructor", "id": ["langchain", "schem
 
 # Copies of fields that stand elsewhere in the message, with ids that differ between runs.
 _DROPPED_KWARGS = frozenset({"tool_calls"})
-_LONG_NUMBER = re.compile(r"\d{19}")
+_DIGITS = bytes.maketrans(b"123456789", b"000000000")
 _INERT_BLOCKS = frozenset({"text", "tool_call", "tool_use", "reasoning", "thinking"})
 
 
@@ -77,11 +76,11 @@ def loads(data: str | bytes) -> Any:
     Lone surrogates, which orjson refuses, and whole numbers beyond 64 bits, of which it makes floats, are read by the
     standard library.
     """
-    text = data.decode("utf-8", "surrogatepass") if isinstance(data, bytes) else data
-    if _LONG_NUMBER.search(text) is None:
+    raw = data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass")
+    if b"0" * 19 not in raw.translate(_DIGITS):  # a pattern for 19 digits takes ten times as long
         with contextlib.suppress(orjson.JSONDecodeError):
-            return orjson.loads(text)
-    return json.loads(text)
+            return orjson.loads(raw)
+    return json.loads(raw.decode("utf-8", "surrogatepass"))
 
 
 def dumps(value: Any, *, sort: bool = True) -> bytes:

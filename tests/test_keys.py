@@ -9,6 +9,7 @@ from langchain_core.load import dumps
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 
 from langchain_aegis.keys import Declined, Keyring, Who, parse_llm_string
+from langchain_aegis.questions import Labels
 
 SECRET = b"0123456789abcdef0123456789abcdef"
 MODEL = "[('_type', 'chat'), ('model', 'm:1'), ('stop', None), ('temperature', 0.0)]"
@@ -226,3 +227,61 @@ def test_a_key_names_all_that_an_invalidation_may_concern():
     assert nobody.sets == (thing("tenant", None), thing("model", "m:1"))
     pipeline = RING.for_pipeline("How?", Who(), pipeline="rag", version="1")
     assert pipeline.sets == (thing("tenant", None), thing("model", "pipeline:rag"))
+
+
+around = st.text(alphabet="ab .:\n<>/é\ud800\ufffcQuestionA", max_size=25)
+asked = st.sampled_from(["How far is it?", "Where is the station?", "What does a card cost?", "Wie weit ist es?"])
+FORMS = {
+    "label": (lambda b, q, a: f"{b}\nQuestion: {q}\n\n{a}", None, RING),
+    "german": (lambda b, q, a: f"{b}\n**Frage:** {q}\nAntwort: {a}", None, RING),
+    "xml": (lambda b, q, a: f"{b}<question>{q}</question>{a}", None, RING),
+    "given": (lambda b, q, a: f"{b}{q}{a}", True, RING),
+    "callable": (
+        lambda b, q, a: f"{b}\x01{q}\x02{a}",
+        None,
+        Keyring(SECRET, find_question=lambda text: (text.index("\x01") + 1, text.index("\x02"))),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(st.tuples(around, asked, around), st.tuples(around, asked, around))
+def test_a_scope_is_everything_but_the_question(form, one, two):
+    """prompt = prefix + question + suffix: equal scopes exactly when prefix and suffix are equal."""
+    build, marked, ring = FORMS[form]
+    keys = [key(HumanMessage(build(*parts)), question=parts[1] if marked else None, ring=ring) for parts in (one, two)]
+    for parts, found in zip((one, two), keys, strict=True):
+        assert found.question in (parts[1], None)
+    if all(found.question for found in keys):
+        assert (keys[0].scope == keys[1].scope) == (one[::2] == two[::2])
+        assert (keys[0].exact == keys[1].exact) == (one == two)
+        assert (keys[0].fields() == keys[1].fields()) == (one[::2] == two[::2])
+
+
+@given(st.text(max_size=60), st.text(max_size=60), st.booleans())
+def test_no_two_texts_share_an_exact_key(one, two, ignoring):
+    ring = Keyring(SECRET, scope_ignore=[r"\d+"] if ignoring else [], chunks=r"<a>(.*?)</a>")
+    assert (key(HumanMessage(one), ring=ring).exact == key(HumanMessage(two), ring=ring).exact) == (one == two)
+
+
+def test_a_pattern_that_does_not_matter_matters_in_the_question():
+    ring = Keyring(SECRET, scope_ignore=[r"\d{4}"])
+    one, two = (key(SystemMessage("Help."), HumanMessage(f"What happened in {y}?"), ring=ring) for y in (1989, 1990))
+    assert one.exact != two.exact
+    labelled = [f"Now: {now}\nQuestion: What happened in {y}?" for now, y in ((2025, 1989), (2026, 1989), (2026, 1990))]
+    a, b, c = (key(HumanMessage(text), ring=ring) for text in labelled)
+    assert a.exact == b.exact != c.exact
+
+
+@pytest.mark.parametrize(
+    "find", [lambda t: (-5, -1), lambda t: (0, 999), lambda t: 1 / 0, lambda t: "no", lambda t: (3, 1)]
+)
+def test_an_own_rule_that_fails_finds_no_question(find):
+    found = key(*BASE, ring=Keyring(SECRET, find_question=find))
+    assert (found.question, found.exact_only) == (None, "no_question")
+
+
+def test_own_labels_replace_the_built_in_ones():
+    ring = Keyring(SECRET, labels=Labels(question=("Ask Me",), other=("facts",), tags=("ask",)))
+    assert key(HumanMessage("Facts: one.\n**ask me:** How far?\nFacts: two."), ring=ring).question == "How far?"
+    assert key(HumanMessage("One.\n\nQuestion: How far?"), ring=ring).exact_only == "no_question"
