@@ -136,14 +136,14 @@ _TEXTS: dict[Stage, dict[str, tuple[str, str]]] = {
         ),
         "shadow": (
             "This hit was drawn for checking: the model is asked anyway, and both answers are compared.",
-            "Nothing; `shadow=` sets how many are drawn.",
+            "Nothing: that is how the rate of wrong hits is measured.",
         ),
     },
     "guard": {
         "guard:language": ("The questions are in different languages.", ""),
-        "guard:number": ("They hold different numbers.", ""),
+        "guard:number": ("They hold different numbers, dates or versions.", ""),
         "guard:quantity": ("They hold different amounts with units.", ""),
-        "guard:identifier": ("They hold different codes, versions or names of programs.", ""),
+        "guard:identifier": ("They hold different codes, such as those of errors or products.", ""),
         "guard:negation": ("One of them is negated.", ""),
         "guard:antonym": ("One says the opposite of the other (enable, disable).", ""),
         "guard:exclusive": ("They name different ones of a set (months, currencies, environments).", ""),

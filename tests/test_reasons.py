@@ -1,6 +1,7 @@
 """Every reason for a miss is explained, in the code and in the documentation."""
 
 import ast
+import importlib
 import re
 from functools import cache
 from pathlib import Path
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import langchain_aegis
+from langchain_aegis.questions import exact_only_reason
 from langchain_aegis.reasons import REASONS, explain, markdown
-from langchain_aegis.verification import GUARDS
+from langchain_aegis.verification import GUARDS, compare, profile
 
 PACKAGE = Path(langchain_aegis.__file__).parent
 GUIDE = PACKAGE.parent / "docs" / "cache.md"
@@ -96,6 +98,10 @@ def all_codes():
     return {text: place for text, place in found.items() if text not in NO_REASON}
 
 
+def guide_between(mark):
+    return GUIDE.read_text().partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0]
+
+
 def test_every_code_in_the_source_is_explained():
     unknown = {text: place for text, place in all_codes().items() if text not in REASONS}
     assert not unknown, "give them a meaning and a remedy in reasons.py"
@@ -149,6 +155,38 @@ def test_the_table_cannot_be_changed():
 
 def test_the_documentation_holds_every_reason_as_the_package_tells_it():
     """To renew it: python -c 'from langchain_aegis.reasons import markdown; print(markdown())', between the marks."""
-    shown = GUIDE.read_text().partition("<!-- reasons -->")[2].partition("<!-- /reasons -->")[0]
+    shown = guide_between("reasons")
     assert shown.strip() == markdown()
     assert set(re.findall(r"^\| `([a-z_:]+)` \|", shown, re.M)) == set(REASONS)
+
+
+def test_every_guard_stops_the_example_that_the_documentation_gives():
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \|$", guide_between("guards"), re.M)
+    assert tuple(name for name, _, _ in rows) == GUARDS
+    for name, kept, asked in rows:
+        assert name in compare(profile(kept), profile(asked)), (kept, asked)
+
+
+def test_what_is_said_to_be_never_matched_is_not():
+    section = GUIDE.read_text().partition("## What is never matched by meaning")[2].partition("\n## ")[0]
+    rows = re.findall(r'^\| .+ \| `(\w+)` \| "(.+?)"', section, re.M)
+    assert len(rows) >= 4
+    for reason, text in rows:
+        assert exact_only_reason(text) == reason, text
+
+
+def test_the_code_in_the_documentation_is_python_that_imports_what_there_is():
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.S)
+    assert len(blocks) > 8
+    for block in blocks:
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("langchain_aegis"):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), block
+
+
+def test_every_link_in_the_documentation_leads_somewhere():
+    text = GUIDE.read_text()
+    places = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= places
+    assert all((GUIDE.parent / target).exists() for target in re.findall(r"\]\(([^)#]+)\)", text))
