@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 _DATA = files("langchain_aegis") / "data"
-_FILES = ("languages.toml", "guards.toml", "opposites.toml", "synonyms.toml")
+_FILES = ("languages.toml", "guards.toml", "classes.toml", "opposites.toml", "synonyms.toml", "wordnet.toml")
 LANGUAGES = ("", "en", "de", "fr", "es", "it", "nl", "pt")  # a profile stores the position; "" is undecided
 SYMMETRIC, AUXILIARY, AGENT = 8, 16, 32  # "and", "between"; "was" and "by" of a passive
 MODES = ("strict", "balanced", "lenient")
@@ -32,7 +33,7 @@ class Word:
     ordinal: int | None = None
     weak: bool = False
     unit: tuple[str, float] | None = None
-    exclusive: tuple[int, ...] = ()  # 128 * set + class
+    exclusive: tuple[int, ...] = ()  # 256 * set + class
     opposites: tuple[int, ...] = ()  # 2 * pair + side
     shape: int = 0  # bit of the wish about the answer's form
     direction: str = ""  # "from" | "to" | "convert"
@@ -64,7 +65,8 @@ class Lexicon:
     light: frozenset[int]
     category: frozenset[int]  # what a name may be introduced with
     implied: tuple[frozenset[int], ...]  # per question code: what its question word asks for already
-    particular: dict[int, frozenset[int]]  # number of a member of exclusive sets -> the sets
+    narrowing: frozenset[int]  # members of exclusive sets that narrow a question down
+    reversible: dict[int, frozenset[int]]  # number of a member -> the exclusive sets in which two may change places
     conflicts: frozenset[tuple[int, int]]  # positions in `questions`
     questions: tuple[str, ...]  # codes of question words; a profile stores the position
     shapes: tuple[str, ...]
@@ -114,9 +116,13 @@ def stem(word: str, language: str) -> str:
     return _stem_de(word) if language == "de" else _stem_en(word)
 
 
+_IRREGULAR: dict[str, str] = {}  # English: "bought" -> "buy"; filled with the lexicon
+
+
 def _stem_en(word: str) -> str:
     if word.endswith(("'s", "s'")):
         word = word[:-2]
+    word = _IRREGULAR.get(word, word)
     size = len(word)
     if size < 4:
         return word
@@ -132,14 +138,15 @@ def _stem_en(word: str) -> str:
         cut = word[:-3] if word.endswith("ing") else word[:-2]
         if any(vowel in cut for vowel in "aeiouy"):
             if len(cut) > 3 and cut[-1] == cut[-2] and cut[-1] not in "sf" and (cut[-1] != "l" or len(cut) > 5):
-                cut = cut[:-1]
-            word = cut
+                return cut[:-1]
+            word = cut + "e" if _SHORT.fullmatch(cut) else cut
     for ending in _EN_DERIVED:
         if word.endswith(ending) and len(word) - len(ending) >= 4:
             return word[: -len(ending)]
-    return word[:-1] if word.endswith("e") and len(word) > 3 else word
+    return word[:-1] if word.endswith("e") and len(word) > 3 and not _SHORT.fullmatch(word[:-1]) else word
 
 
+_SHORT = re.compile(r"[^aeiouy]*[aeiouy][^aeiouywx]")  # "rat": with an "e" it is another word, and "rating" is of that
 _EN_DERIVED = ("ation", "ition", "ment", "ance", "ence", "ity", "ion", "ate")  # "formation" is "form"
 _FOLD = str.maketrans({"ä": "a", "ö": "o", "ü": "u", "ß": "ss"})
 _DE_ENDINGS = (
@@ -183,6 +190,7 @@ class _Builder:
         self.numbers: dict[str, int] = {}
         self.not_english: set[str] = set()
         self.not_german: set[str] = set()
+        self.pairs = 0  # of opposites
 
     def build(self) -> Lexicon:
         """Read all files and return the finished lexicon."""
@@ -199,15 +207,17 @@ class _Builder:
             for form, factor in _pairs(text):
                 for word in self._add([form]):
                     word.unit = (dimension, float(factor))
-        groups = tuple(guards["exclusive"])
-        for group, text in enumerate(guards["exclusive"].values()):
-            for number, members in enumerate(text.split("|")):
-                for word in self._set(members.split(), ("en", "de")):
-                    word.exclusive = (*word.exclusive, group * 128 + number)
-        for pair, line in enumerate(read("opposites.toml")["pairs"].strip().splitlines()):
-            for side, members in enumerate(line.split("|")):
-                for word in self._set(members.split(), ("en", "de")):
-                    word.opposites = (*word.opposites, pair * 2 + side)
+        wordnet = read("wordnet.toml")
+        _IRREGULAR.update(_pairs(wordnet["irregular"]))
+        groups, narrowing, reversible = self._classes(read("classes.toml"))
+        opposites = read("opposites.toml")
+        self._opposites(opposites["both"].strip().splitlines(), ("en", "de"))
+        for language in self.tables:
+            self._opposites(opposites[language].strip().splitlines(), (language,))
+        graded = frozenset(
+            word.number for table in self.tables.values() for word in table.words.values() if word.opposites
+        )
+        self._opposites(wordnet["opposites"].split(), ("en",))
         shapes = tuple(guards["shape"])
         for bit, text in enumerate(guards["shape"].values()):
             for word in self._add(text.split()):
@@ -216,6 +226,8 @@ class _Builder:
         for language, text in synonyms["sets"].items():
             for line in text.strip().splitlines():
                 self._set(line.split(), (language,))
+        for pair in wordnet["synonyms"].split():
+            self._set(pair.split("|"), ("en",))
         light = {
             number for language, text in synonyms["light"].items() for number in self._each(text.split(), (language,))
         }
@@ -233,25 +245,21 @@ class _Builder:
             _index(table, language)
             for order, word in enumerate(word for word in table.words.values() if word.stop):
                 word.frame = order % 255 + 1
+        # "account" has the stem of "accounting", and that is no reason to take it for a trade.
+        common = {word.number for table in self.tables.values() for word in table.words.values() if not word.exclusive}
         raw = b"".join((_DATA / name).read_bytes() for name in _FILES)
         return Lexicon(
             fingerprint=hashlib.blake2b(raw, digest_size=2).digest(),
             tables=self.tables,
             votes=_votes(languages["detect"]),
             related={number: frozenset(others - {number}) for number, others in self.related.items()},
-            graded=frozenset(
-                word.number for table in self.tables.values() for word in table.words.values() if word.opposites
-            ),
+            graded=graded,
             canonical={number: min(others) for number, others in self.related.items()},
             light=frozenset(light),
             category=frozenset(category),
             implied=tuple(implied.get(code, frozenset()) for code in questions),
-            particular={
-                word.number: frozenset(code >> 7 for code in word.exclusive)
-                for table in self.tables.values()
-                for word in table.words.values()
-                if word.exclusive
-            },
+            narrowing=frozenset(narrowing - common),
+            reversible={number: frozenset(groups) for number, groups in reversible.items()},
             conflicts=_conflicts(guards["question_words"]["conflicts"], questions),
             questions=questions,
             shapes=shapes,
@@ -261,6 +269,29 @@ class _Builder:
             not_prefixed=tuple(guards["negation"]["not_prefixed"].split()),
             marks=_marks(direction),
         )
+
+    def _classes(self, data: dict[str, Any]) -> tuple[tuple[str, ...], set[int], dict[int, set[int]]]:
+        names: list[str] = []
+        narrowing: set[int] = set()
+        reversible: dict[int, set[int]] = {}
+        for section in (name for name, content in data.items() if isinstance(content, dict)):
+            for name, text in data[section].items():
+                for number, members in enumerate(text.split("|")):
+                    for word in self._set(members.split(), ("en", "de")):
+                        word.exclusive = (*word.exclusive, len(names) * 256 + number)
+                        if section in data["narrowing"].split():
+                            narrowing.add(word.number)
+                        if section in data["reversible"].split():
+                            reversible.setdefault(word.number, set()).add(len(names))
+                names.append(name)
+        return tuple(names), narrowing, reversible
+
+    def _opposites(self, lines: Iterable[str], languages: tuple[str, ...]) -> None:
+        for line in lines:
+            for side, members in enumerate(line.split("|")):
+                for word in self._set(members.split(), languages):
+                    word.opposites = (*word.opposites, self.pairs * 2 + side)
+            self.pairs += 1
 
     def _negations(self, data: dict[str, str]) -> None:
         for language in self.tables:

@@ -27,7 +27,7 @@ from langchain_aegis.tokens import (
     forms_of,
 )
 
-_VERSION = 1
+_VERSION = 2
 _MAX_CHARACTERS = 16_384  # of a text; what follows counts as one identifier
 NEGATED, DENYING = 1, 2  # an odd number of negations; a word that denies without one
 PASSIVE = 4  # with its agent; SYMMETRIC, "and", "between" and the like, comes from the lexicon
@@ -53,7 +53,7 @@ class Profile(NamedTuple):
     quantities: frozenset[int]
     names: frozenset[int]
     identifiers: frozenset[int]
-    exclusive: frozenset[int]  # 128 * set + class
+    exclusive: frozenset[int]  # 256 * set + class
     opposites: frozenset[int]  # 2 * pair + side
     frame: bytes  # sorted codes of the words without content
     spellings: tuple[tuple[int, int], ...]  # (position in order, a digest that survives swapped and doubled letters)

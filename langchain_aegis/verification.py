@@ -63,8 +63,8 @@ def compare(cached: Profile, new: Profile, *, off: frozenset[str] = frozenset())
                 found.append("antonym")
                 break
     if cached.exclusive != new.exclusive:
-        groups = {code >> 7 for code in cached.exclusive - new.exclusive}
-        if groups and any(code >> 7 in groups for code in new.exclusive - cached.exclusive):
+        groups = {code >> 8 for code in cached.exclusive - new.exclusive}
+        if groups and any(code >> 8 in groups for code in new.exclusive - cached.exclusive):
             found.append("exclusive")
     if cached.question != new.question and (cached.question, new.question) in known.conflicts:
         found.append("question_word")
@@ -112,7 +112,7 @@ def _swapped(cached: Profile, new: Profile, known: Lexicon) -> bool:
     things = {term for term in left if term in cached.names or term in cached.identifiers}
     if [term for term in left if term in things] != [term for term in right if term in things]:
         return True
-    groups = {term: known.particular[term] for term in left if term in known.particular}
+    groups = {term: known.reversible[term] for term in left if term in known.reversible}
     return any(
         groups[one] & groups[other] and (left.index(one) < left.index(other)) != (right.index(one) < right.index(other))
         for one, other in combinations(groups, 2)
@@ -165,7 +165,7 @@ def _reworded(left: set[int], right: set[int], cached: Profile, new: Profile, kn
     shared = min(len(cached.terms) - len(left), len(new.terms) - len(right))
     if max(len(left), len(right)) > 3 or len(odd) > 5 or shared < (2 if len(odd) < 3 else 3):
         return False
-    if not (known.graded.isdisjoint(odd) and known.particular.keys().isdisjoint(odd)):
+    if not (known.graded.isdisjoint(odd) and known.narrowing.isdisjoint(odd)):
         return False
     return _differences(cached.frame, new.frame) >= _NEW_CONSTRUCTION
 
