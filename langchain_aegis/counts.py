@@ -8,7 +8,10 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Final
+from typing import Any, Final
+
+from langchain_core.messages import AIMessage
+from langchain_core.outputs import ChatGeneration
 
 from langchain_aegis.forks import reset_after_fork
 
@@ -74,18 +77,21 @@ class Distribution:
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
-    """What the served answers would have cost to make again.
+class Cost:
+    """What it took to make answers; 0 where that is not known.
 
     Attributes:
-        seconds: Of generation, where it is known how long it took.
-        input_tokens: Read by the model, where the answer says so.
-        output_tokens: Written by the model, where the answer says so.
+        seconds: Of generation.
+        input_tokens: Read by the model.
+        output_tokens: Written by the model.
     """
 
     seconds: float = 0.0
     input_tokens: int = 0
     output_tokens: int = 0
+
+
+_FREE: Final = Cost()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +153,7 @@ class Counted:
         by_task: Lookups of each named task, by tier. At most 50 tasks, then "other".
         lookup_s: Seconds that lookups took, by tier.
         update_s: Seconds that it took to write an answer.
-        saved: What the served answers would have cost.
+        saved: What the served answers would have cost to make again.
         nearest_misses: How near misses came.
         checked: Hits that were drawn for checking.
     """
@@ -162,9 +168,25 @@ class Counted:
     by_task: Mapping[str, Mapping[str, int]]
     lookup_s: Mapping[str, Distribution]
     update_s: Distribution
-    saved: Saved
+    saved: Cost
     nearest_misses: NearestMisses
     checked: Checked
+
+
+def cost_of(answer: Any) -> Cost:
+    """Return what a served answer says about its making: generations, a message, messages, or any other value."""
+    seconds, read, written = 0.0, 0, 0
+    for item in answer if isinstance(answer, list) else (answer,):
+        message = item.message if isinstance(item, ChatGeneration) else item
+        if not isinstance(message, AIMessage):
+            continue
+        marks = message.response_metadata.get("aegis_cache")
+        # Several generations of one call share its time.
+        seconds = max(seconds, float((marks or {}).get("generation_s") or 0.0))
+        if usage := message.usage_metadata:
+            read += usage["input_tokens"]
+            written += usage["output_tokens"]
+    return Cost(seconds, read, written)
 
 
 class _Histogram:
@@ -214,31 +236,20 @@ class Counts:
         self._checked = 0
         self._wrong = 0
 
-    def hit(
-        self,
-        tier: str,
-        seconds: float,
-        *,
-        generation_s: float = 0.0,
-        input_tokens: int = 0,
-        output_tokens: int = 0,
-        task: str = "",
-    ) -> None:
+    def hit(self, tier: str, seconds: float, *, cost: Cost = _FREE, task: str = "") -> None:
         """Count a lookup that was answered.
 
         Args:
             tier: "exact", "semantic", or "stale" (by either, with an entry past its fresh time).
             seconds: How long the lookup took.
-            generation_s: How long it took to make the answer, if that is known.
-            input_tokens: Tokens that the model read for it.
-            output_tokens: Tokens that it wrote.
+            cost: What it took to make the answer, see `cost_of`.
             task: Name of the task, or "".
         """
         with self._lock:
             self._lookup_s[tier].add(seconds)
-            self._saved_s += generation_s
-            self._input_tokens += input_tokens
-            self._output_tokens += output_tokens
+            self._saved_s += cost.seconds
+            self._input_tokens += cost.input_tokens
+            self._output_tokens += cost.output_tokens
             if task:
                 self._count_task(task, tier)
 
@@ -301,7 +312,7 @@ class Counts:
                 by_task={task: dict(tiers) for task, tiers in self._tasks.items()},
                 lookup_s=lookup_s,
                 update_s=update_s,
-                saved=Saved(self._saved_s, self._input_tokens, self._output_tokens),
+                saved=Cost(self._saved_s, self._input_tokens, self._output_tokens),
                 nearest_misses=NearestMisses(self._similarity.frozen(), last, last_reason),
                 checked=Checked(self._checked, self._wrong),
             )

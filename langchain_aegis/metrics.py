@@ -14,8 +14,9 @@ try:
 except ImportError as exc:
     raise ImportError(f"{exc}; run: pip install 'langchain-aegis[metrics]'", name=exc.name) from exc
 
-from langchain_aegis.counts import SIMILARITY, Checked, Distribution, NearestMisses, Saved
+from langchain_aegis.counts import SIMILARITY, Checked, Cost, Distribution, NearestMisses
 from langchain_aegis.errors import AegisConfigError
+from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.notices import warn_once
 from langchain_aegis.reasons import explain
 from langchain_aegis.results import CacheHealth
@@ -36,7 +37,7 @@ class Stats(Protocol):
     by_task: Mapping[str, Mapping[str, int]]
     lookup_s: Mapping[str, Distribution]
     update_s: Distribution
-    saved: Saved
+    saved: Cost
     nearest_misses: NearestMisses
     checked: Checked
 
@@ -129,10 +130,15 @@ class CacheCollector:
     def __init__(self, cache: Observed, *, health: bool = True) -> None:
         self._caches: list[Observed] = []
         self._health = health
+        self.reset()
+        self.add(cache)
+        reset_after_fork(self)
+
+    def reset(self) -> None:
+        """Forget what Redis said; the caches stay."""
         self._lock = threading.Lock()
         self._asking = False
         self._found: dict[str, CacheHealth] = {}
-        self.add(cache)
 
     def add(self, cache: Observed) -> None:
         """Show another cache too; one that is shown already stays as it is."""

@@ -9,8 +9,11 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from langchain_core.messages import AIMessage
+from langchain_core.outputs import ChatGeneration, Generation
 
-from langchain_aegis.counts import SECONDS, SIMILARITY, Checked, Counts, Distribution
+from langchain_aegis.counts import SECONDS, SIMILARITY, Checked, Cost, Counts, Distribution, cost_of
+from langchain_aegis.entries import decode_answer, encode_answer
 
 durations = st.lists(st.floats(2e-5, 60.0), min_size=1, max_size=200)
 
@@ -36,8 +39,8 @@ def test_nothing_has_happened_at_first():
 
 def test_everything_is_counted_where_it_belongs():
     counts = Counts()
-    counts.hit("exact", 0.001, generation_s=2.5, input_tokens=100, output_tokens=20, task="chat")
-    counts.hit("semantic", 0.01, generation_s=0.5, input_tokens=10, output_tokens=2)
+    counts.hit("exact", 0.001, cost=Cost(2.5, 100, 20), task="chat")
+    counts.hit("semantic", 0.01, cost=Cost(0.5, 10, 2))
     counts.hit("stale", 0.002)
     counts.miss(("no_candidate",), 0.02, task="chat")
     counts.miss(("guard:number", "guard:entity"), 0.03, (0.97, "guard:number"))
@@ -125,7 +128,7 @@ def test_threads_lose_no_count():
 
     def work():
         for _ in range(500):
-            counts.hit("exact", 0.001, output_tokens=1, task="chat")
+            counts.hit("exact", 0.001, cost=Cost(0.0, 0, 1), task="chat")
             counts.miss(("expired",), 0.001)
             counts.snapshot()
 
@@ -178,3 +181,19 @@ def test_counting_costs_little_beside_a_digest_of_a_prompt():
         return (time.thread_time() - began) / 2_000
 
     assert min(per_lookup() for _ in range(5)) < 0.5 * min(per_parse() for _ in range(5))
+
+
+def test_an_answer_from_the_cache_tells_what_its_making_took():
+    message = AIMessage(
+        "30 days.",
+        response_metadata={"total_duration": 2_500_000_000, "done_reason": "stop"},
+        usage_metadata={"input_tokens": 100, "output_tokens": 20, "total_tokens": 120},
+    )
+    kept = decode_answer(encode_answer([ChatGeneration(message=message)] * 2), marks={"tier": "exact"})
+    assert cost_of(kept) == Cost(2.5, 200, 40)
+    assert cost_of(kept[0].message) == Cost(2.5, 100, 20)
+
+
+@pytest.mark.parametrize("answer", ["text", [], {"a": 1}, [Generation(text="x")], AIMessage("no usage"), [1, "a"]])
+def test_what_does_not_tell_costs_nothing(answer):
+    assert cost_of(answer) == Cost()

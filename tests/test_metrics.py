@@ -1,6 +1,7 @@
 """Prometheus sees what the cache counted, once, without a fault of Redis or a blocked loop."""
 
 import asyncio
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from langchain_aegis import AegisConfigError, AegisSettings
-from langchain_aegis.counts import Counts
+from langchain_aegis.counts import Cost, Counts
 from langchain_aegis.reasons import REASONS
 from langchain_aegis.results import CacheHealth
 
@@ -48,7 +49,7 @@ class Cache:
 @pytest.fixture
 def cache():
     cache = Cache()
-    cache.counts.hit("exact", 0.0004, generation_s=2.5, input_tokens=100, output_tokens=20, task="chat")
+    cache.counts.hit("exact", 0.0004, cost=Cost(2.5, 100, 20), task="chat")
     cache.counts.hit("semantic", 0.012)
     cache.counts.miss(("guard:number",), 0.02, (0.97, "guard:number"))
     cache.counts.bypassed("no_tenant")
@@ -180,6 +181,21 @@ async def test_a_scrape_on_an_event_loop_asks_redis_in_a_thread(cache):
         while ("aegis_cache_entries",) not in scrape(registry):  # noqa: ASYNC110 - a scrape is what shows it
             await asyncio.sleep(0)
     assert threading.get_ident() not in cache.asked_in
+
+
+def _scrape_in_child(made, sender):
+    sender.send(sum(len(family.samples) for family in made.collect()))
+
+
+def test_the_child_of_a_fork_can_be_scraped_although_the_parent_was_being_scraped(cache):
+    made = collector(cache)
+    receiver, sender = multiprocessing.get_context("fork").Pipe()
+    child = multiprocessing.get_context("fork").Process(target=_scrape_in_child, args=(made, sender))
+    with made._lock:
+        child.start()
+    assert receiver.poll(30)
+    assert receiver.recv() > 10
+    child.join(30)
 
 
 def test_redis_is_not_asked_if_that_is_not_wanted(cache):
