@@ -5,20 +5,18 @@ Imports of the library stand inside the commands, so that `aegis --help` starts 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from langchain_aegis import __version__
+from langchain_aegis.cli_cache import Json, OllamaUrl, RedisUrl, cache_app, print_json
 
 if TYPE_CHECKING:
-    from langchain_aegis.cache import AegisSemanticCache
     from langchain_aegis.ollama.findings import Finding
 
 app = typer.Typer(
@@ -28,13 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-cache_app = typer.Typer(help="Look at the cached answers of a Redis, or remove them.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
-RedisUrl = Annotated[str | None, typer.Option(help="Default: REDIS_URL, or REDIS_HOST and REDIS_PORT.")]
-OllamaUrl = Annotated[str | None, typer.Option(help="Default: OLLAMA_BASE_URL.")]
-Namespace = Annotated[str | None, typer.Option(help="First part of the names in Redis. Default: AEGIS_NAMESPACE.")]
 
 
 def main() -> None:
@@ -124,89 +116,10 @@ def doctor(
         )
         findings += checks.check_servers(settings, checks.window_in_environment(env_file or []))
     if as_json:
-        _print_json([finding.as_dict() for finding in findings])
+        print_json([finding.as_dict() for finding in findings])
     else:
         _print_findings(findings)
     raise typer.Exit(exit_code(findings))
-
-
-@cache_app.command()
-def stats(redis_url: RedisUrl = None, namespace: Namespace = None, as_json: Json = False) -> None:
-    """Print what a namespace holds, for all processes.
-
-    Exit code: 0, or 2 if Redis does not answer.
-    """
-    with _cache(redis_url, namespace) as cache:
-        values = asdict(cache.health())
-    del values["embedder"]  # of this process, which needs none
-    if as_json:
-        _print_json(values)
-    else:
-        _print_table(values)
-    raise typer.Exit(0 if values["redis"] else 2)
-
-
-@cache_app.command()
-def invalidate(
-    source: Annotated[list[str] | None, typer.Option(help="Answers that rest on it; may be repeated.")] = None,
-    tenant: Annotated[str | None, typer.Option(help="Answers of this tenant.")] = None,
-    user: Annotated[str | None, typer.Option(help="Answers of this user.")] = None,
-    redis_url: RedisUrl = None,
-    namespace: Namespace = None,
-) -> None:
-    """Remove answers; none of them is served any more when this returns."""
-    with _cache(redis_url, namespace) as cache:
-        print(cache.invalidate(sources=source or None, tenant=tenant, user=user), "removed")
-
-
-@cache_app.command()
-def clear(
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    redis_url: RedisUrl = None,
-    namespace: Namespace = None,
-) -> None:
-    """Remove every answer of a namespace."""
-    with _cache(redis_url, namespace) as cache:
-        if not yes:
-            typer.confirm(f"Remove every answer of namespace {cache.settings.namespace}?", abort=True, err=True)
-        cache.clear()
-        print("cleared", cache.settings.namespace)
-
-
-@cache_app.command()
-def judge(
-    cached: Annotated[str, typer.Argument(help="The question that was answered.")],
-    new: Annotated[str, typer.Argument(help="The question that is asked now.")],
-    as_json: Json = False,
-) -> None:
-    """Say whether the answer to one question would be served for another, and why not. Asks no Redis.
-
-    Exit code: 0 it would, 1 it would not.
-    """
-    with _cache(None, None) as cache:
-        verdict = cache.judge(cached, new)
-    if as_json:
-        _print_json(asdict(verdict))
-    else:
-        reasons = f" ({', '.join(verdict.reasons)})" if verdict.reasons else ""
-        print(f"{'served' if verdict.served else 'not served'}, similarity {verdict.similarity:.3f}{reasons}")
-    raise typer.Exit(0 if verdict.served else 1)
-
-
-def _cache(redis_url: str | None, namespace: str | None) -> AegisSemanticCache:
-    from langchain_aegis.cache import AegisSemanticCache
-
-    return AegisSemanticCache(redis_url, namespace=namespace)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2, default=list))
-
-
-def _print_table(values: dict[str, Any]) -> None:
-    width = max(map(len, values))
-    for name, value in values.items():
-        print(f"{name:<{width}}  {json.dumps(value, ensure_ascii=False, default=list)}")
 
 
 def _print_findings(findings: Iterable[Finding]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import langchain_aegis
-from langchain_aegis import cli
+from langchain_aegis import cli, cli_cache
 from langchain_aegis.errors import AegisConfigError, AegisConnectionError
 
 HELP = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
@@ -232,7 +232,9 @@ def test_judging_two_questions_says_why_not(monkeypatch):
     """The exit code says whether the answer would be served."""
     from langchain_aegis.embedded import MiniLMEmbeddings
 
-    monkeypatch.setattr(cli, "_cache", lambda *_: langchain_aegis.AegisSemanticCache(embeddings=MiniLMEmbeddings()))
+    monkeypatch.setattr(
+        cli_cache, "_cache", lambda *_: langchain_aegis.AegisSemanticCache(embeddings=MiniLMEmbeddings())
+    )
     runner = CliRunner()
     question = "How many users may the basic plan have?"
     served = runner.invoke(cli.app, ["cache", "judge", question, question, "--json"])
@@ -250,6 +252,75 @@ def test_judging_without_an_embedder_is_an_error(main):
     exit_code, out, err = main("cache", "judge", "a?", "b?", OLLAMA_BASE_URL="http://127.0.0.1:9")
     assert (exit_code, out) == (2, "")
     assert err.splitlines()[-1].startswith("aegis: ")
+
+
+@pytest.fixture
+def measured(monkeypatch, home):
+    """Every embedder that the command asks for is a made-up one."""
+    from test_calibration import USUAL, Made
+
+    monkeypatch.setattr(cli_cache, "_embeddings", lambda *asked: Made(USUAL))
+    return home / "calibration.json"
+
+
+def test_calibrating_prints_what_each_mode_serves_and_where_it_is_kept(measured):
+    done = CliRunner().invoke(cli.app, ["cache", "calibrate"])
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("made, 64 dimensions")
+    assert [line.split()[0] for line in lines if line and line.split()[0] in ("strict", "balanced", "lenient")]
+    assert sum("German" in line for line in lines) == 3
+    assert lines[-1] == f"kept in {measured}"
+    assert measured.is_file()
+
+
+def test_a_calibration_is_one_json_document(measured, tmp_path):
+    file = tmp_path / "ours.json"
+    done = CliRunner().invoke(cli.app, ["cache", "calibrate", "--json", "--file", str(file)])
+    values = json.loads(done.stdout)
+    assert (done.exit_code, values["saved"], values["warnings"]) == (0, str(file), [])
+    traps = values["modes"]["balanced"]["served"]["traps"]
+    assert traps["rate"] == traps["count"] / traps["of"]
+    assert traps["interval"][0] <= traps["rate"] <= traps["interval"][1] <= 0.03
+    assert file.is_file() and not measured.exists()
+
+
+def test_a_calibration_may_be_looked_at_only(measured):
+    done = CliRunner().invoke(cli.app, ["cache", "calibrate", "--dry-run"])
+    assert (done.exit_code, done.stdout.splitlines()[-1]) == (0, "not kept (--dry-run)")
+    assert not measured.exists()
+
+
+@pytest.mark.slow
+def test_an_english_embedder_is_kept_with_a_warning_about_german(home):
+    done = CliRunner().invoke(cli.app, ["cache", "calibrate", "--minilm"])
+    assert done.exit_code == 1
+    assert "warning: German" in done.stdout
+    assert (home / "calibration.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--ollama-url", "http://127.0.0.1:9"], "127.0.0.1:9"),
+        (["--minilm", "--model", "x"], "--minilm"),
+        (["--ollama-url", "ftp://x"], "address"),
+    ],
+)
+def test_an_embedder_that_cannot_be_asked_is_an_error(main, home, arguments, says):
+    exit_code, out, err = main("cache", "calibrate", *arguments)
+    assert (exit_code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("aegis: ") and says in err
+
+
+def test_an_embedder_that_tells_nothing_apart_is_an_error(main, monkeypatch, home):
+    from test_calibration import Made, direction
+
+    monkeypatch.setattr(cli_cache, "_embeddings", lambda *_: Made(direction))
+    exit_code, out, err = main("cache", "calibrate")
+    assert (exit_code, out) == (2, "")
+    assert "does not tell questions apart" in err
+    assert not list(home.iterdir())
 
 
 def test_the_errors_that_the_command_knows_are_the_packages():
