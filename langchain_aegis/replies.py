@@ -1,10 +1,96 @@
-"""Redis replies as Python values, whichever way redis-py has changed them."""
+"""What Redis tells, as Python values, whichever way redis-py has changed the replies."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from redis.exceptions import ResponseError
+
+from langchain_aegis.entries import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Epochs:
+    """What a namespace says about invalidations, at one moment.
+
+    Attributes:
+        id: The namespace's incarnation: drawn when its first entry is written, gone with a FLUSHALL.
+        clock: Number of invalidations so far.
+        dead: For each thing asked for: the clock at which it was last invalidated.
+        source: The clock at which any source was last invalidated.
+        tenanted: Whether any entry was ever written for a named tenant.
+        fingerprint: Of the secret that the namespace's names are made with.
+        before_ms: Records that were made earlier are dead, in unix milliseconds.
+        opted_out: Whether the user wants nothing of his to be kept.
+        trash: Whether invalidated records are still to be unlinked.
+    """
+
+    id: str
+    clock: int
+    dead: tuple[int, ...]
+    source: int
+    tenanted: bool
+    fingerprint: str
+    before_ms: int = 0
+    opted_out: bool = False
+    trash: bool = False
+
+    def stamp(self) -> str:
+        """Return what is written into a record whose making began now."""
+        return f"{self.id}:{self.clock}"
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """A record near a question."""
+
+    record: Record
+    similarity: float
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest(Sequence[Near]):
+    """What lies near a question: a sequence of records, and notes.
+
+    Attributes:
+        near: Most similar first.
+        notes: What is known of the key that asks and the keys of others: "x" if the pair was reported wrong, else a
+            verifier's score as text.
+    """
+
+    near: list[Near]
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.near)
+
+    def __getitem__(self, which: Any) -> Any:
+        return self.near[which]
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A record of the namespace, and whether nothing has invalidated it."""
+
+    record: Record
+    alive: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a step of sweeping did.
+
+    Attributes:
+        state: "more" is left, "later" there may be more, somebody else is "busy" with it, or all is "done".
+        removed: So many records were unlinked.
+        took_s: So long the server did nothing else, in seconds.
+    """
+
+    state: str
+    removed: int
+    took_s: float
 
 
 def as_text(value: Any) -> str:
@@ -17,13 +103,6 @@ def as_pairs(reply: Any) -> dict[bytes, bytes]:
     if isinstance(reply, dict):
         return reply
     return dict(zip(reply[::2], reply[1::2], strict=True))
-
-
-def popped_members(reply: Any) -> list[Any]:
-    """Return ZPOPMIN's members: redis-py makes pairs of them, a raw reply alternates members and scores."""
-    if reply and isinstance(reply[0], (tuple, list)):
-        return [member for member, _ in reply]
-    return list(reply[::2])
 
 
 def raise_error(reply: Any) -> None:

@@ -54,7 +54,22 @@ class Kept:
         return self.do(self.store.read(exact, things))[0]
 
     def nearest(self, vector, scope=SCOPE, k=5, embedder=EMB):
-        return self.do(self.store.nearest(scope, embedder, pack(vector), k, self.epochs(), 1_000))
+        return self.do(self.store.nearest(scope, embedder, pack(vector), k, self.epochs(), 1_000)).near
+
+    def sweep(self):
+        """Sweep until nothing is left; returns how many entries were unlinked."""
+        removed, state = 0, "more"
+        while state == "more":
+            swept = self.do(self.store.sweep("me"))
+            state, removed = swept.state, removed + swept.removed
+        assert state == "done"
+        return removed
+
+    def held(self, now_ms=NOW):
+        return self.do(self.store.held(now_ms))
+
+    def entries(self):
+        return {key.decode().rpartition(":")[2] for key in self.redis.scan_iter(f"{self.namespace}:{{p00}}:e:*")}
 
     def close(self):
         self.connections.close()
@@ -168,7 +183,9 @@ def test_removal_follows_the_sets(kept):
     assert kept.do(kept.store.invalidate(["source:d1"], [["source:d1"]], sources=True)) == 10
     assert kept.do(kept.store.invalidate(["tenant-user:x"], [["user:u", "tenant:a"]], sources=True)) == 220
     assert kept.do(kept.store.invalidate(["tenant:a"], [["tenant:a"]], sources=False)) == 220
-    assert not list(kept.redis.scan_iter(f"{kept.namespace}:{{p00}}:e:*"))
+    assert len(kept.entries()) == 450
+    assert kept.sweep() == 450
+    assert kept.entries() == set()
 
 
 def test_clear_removes_this_namespace_and_no_other(kept, any_redis):
@@ -269,7 +286,7 @@ async def test_the_same_flows_run_awaited(any_redis):
     kept.put(name(1), vec=pack(direction(0)))
     epochs = await arun(kept.store.epochs(THINGS), kept.connections.aperform)
     found = await arun(kept.store.nearest(SCOPE, EMB, pack(direction(0)), 5, epochs, 1_000), kept.connections.aperform)
-    assert [n.record.key for n in found] == [name(1)]
+    assert [n.record.key for n in found.near] == [name(1)]
     await kept.connections.aclose()
     kept.close()
 

@@ -1,0 +1,222 @@
+"""One namespace in Redis: its names, its epochs, and which of its records live.
+
+    {ns}:{p00}:e:<exact>              a record (hash), see `entries`
+    {ns}:{p00}:epochs                 incarnation, clock, and when each thing was last invalidated (hash)
+    {ns}:{p00}:z:<thing>              the entries of a tenant, user, task, model or source (sorted set by expiry)
+    {ns}:{p00}:z                      the names of the tenants' sets
+    {ns}:{p00}:u:<tenant>             the entries of a tenant by last use, where their number is bounded (sorted set)
+    {ns}:{p00}:t:<exact>              the clock before which no answer to this key may have been begun
+    {ns}:{p00}:l:<exact>              number of the lease of this key; negative: given back
+    {ns}:{p00}:b:<exact>              what is known of this key and others: "x" reported wrong, else a score (hash)
+    {ns}:{p00}:b                      the keys of which pairs are known (sorted set by time)
+    {ns}:{p00}:trash:<mark>:<n>       what was invalidated and is still to be unlinked (sorted set)
+    {ns}:{p00}:trash                  the names of those, by the time from which they may be worked on
+    {ns}:{p00}:sweeping               who is at it
+    {ns}:{p00}:idx:<embedder8>:v1     the search index, where there is search
+    {ns}:{p00}:v:<scope>:<embedder8>  the vectors of a scope (hash), where there is none
+
+The braces around the partition are literal: a lookup is one shard's work. Only digests stand in names and queries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from langchain_aegis.entries import Record, unseal
+from langchain_aegis.errors import AegisConfigError
+from langchain_aegis.flows import Flow
+from langchain_aegis.notices import warn_once
+from langchain_aegis.replies import Epochs, Listed, as_pairs, as_text, raise_error
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """Commands that are sent together, in one round trip; answered by a list of replies."""
+
+    each: tuple[tuple[Any, ...], ...]
+
+
+class Namespace:
+    """What every flow over a namespace needs.
+
+    Args:
+        namespace: First part of every name.
+        mac_key: What records are signed with.
+        fingerprint: Of the secret; kept in Redis so that a process with another one notices.
+    """
+
+    def __init__(self, namespace: str, mac_key: bytes, fingerprint: str) -> None:
+        self.prefix = f"{namespace}:{{p00}}:"
+        self._mac_key = mac_key
+        self._fingerprint = fingerprint
+        self._epochs = f"{self.prefix}epochs"
+        self._registry = f"{self.prefix}z"
+
+    def records(self, cursor: int = 0) -> Flow[tuple[int, list[Listed]]]:
+        """Return some records of the namespace, and where to go on; 0: that was all, and 0 to begin.
+
+        A record that is there throughout is returned, perhaps twice. Raises ResponseError if Redis refuses.
+        """
+        pattern = re.sub(r"([*?\[\]\\^])", r"\\\1", f"{self.prefix}e:") + "*"
+        (reply,) = yield Commands((("SCAN", cursor, "MATCH", pattern, "COUNT", 200),))
+        raise_error(reply)
+        following, names = int(reply[0]), [as_text(name) for name in reply[1]]
+        if not names:
+            return following, []
+        told, *stored = yield Commands((self._ask(()), *(("HGETALL", name) for name in names)))
+        epochs = self._read_epochs(told)
+        records = []
+        for name, fields in zip(names, stored, strict=True):
+            record = unseal(as_pairs(fields), self._mac_key) if fields and not isinstance(fields, Exception) else None
+            if record is not None and name == self._entry(record.key):
+                records.append(record)
+        if epochs is None:
+            return following, [Listed(record, False) for record in records]
+        alive = yield from self._listed(records, epochs)
+        return following, [Listed(*pair) for pair in zip(records, alive, strict=True)]
+
+    # -- parts ----------------------------------------------------------------------------------------------------
+
+    def _entry(self, exact: str) -> str:
+        return f"{self.prefix}e:{exact}"
+
+    def _index(self, embedder: str) -> str:
+        return f"{self.prefix}idx:{embedder}:v1"
+
+    def _vectors(self, scope: str, embedder: str) -> str:
+        return f"{self.prefix}v:{scope}:{embedder}"
+
+    def _pairs(self, exact: str) -> str:
+        return f"{self.prefix}b:{exact}"
+
+    def _touch(self, exact: str, tenant: str, now_ms: int) -> tuple[Any, ...]:
+        return ("ZADD", f"{self.prefix}u:{tenant}", "XX", now_ms, exact)
+
+    def _ask(self, things: Sequence[str], tenant: str | None = None, user: str | None = None) -> tuple[str, ...]:
+        return ("HMGET", self._epochs, "id", "clock", "source", "tenanted", "fingerprint", "trash", "before",
+                f"before:{tenant}", f"out:{user}", *things)  # fmt: skip
+
+    def _read_epochs(self, told: Any) -> Epochs | None:
+        if isinstance(told, Exception) or told[0] is None:
+            return None
+        try:
+            clock, source, before, before_tenant = (int(told[i] or 0) for i in (1, 2, 6, 7))
+            dead = tuple(int(d or 0) for d in told[9:])
+        except ValueError:
+            return None  # somebody else writes under our name
+        fingerprint = as_text(told[4] or b"")
+        if fingerprint != self._fingerprint:
+            warn_once(
+                "another_secret",
+                "other processes use this Redis with another secret, so answers are not shared with them and cannot be "
+                "invalidated from here; give every host the same AEGIS_SECRET_KEY",
+            )
+        return Epochs(
+            as_text(told[0]), clock, dead, source, bool(told[3]), fingerprint,
+            before_ms=max(before, before_tenant), opted_out=bool(told[8]), trash=bool(told[5]),
+        )  # fmt: skip
+
+    def _birth(self) -> tuple[str, str]:
+        """Return the incarnation and the fingerprint that a namespace gets if it has none."""
+        return secrets.token_hex(8), self._fingerprint
+
+    def _begin(self, things: Sequence[str], tenant: str | None, user: str | None) -> Flow[Epochs | None]:
+        """Draw the namespace's incarnation; the first of several processes wins."""
+        born, fingerprint = self._birth()
+        *_, told = yield Commands(
+            (
+                ("HSETNX", self._epochs, "id", born),
+                ("HSETNX", self._epochs, "fingerprint", fingerprint),
+                self._ask(things, tenant, user),
+            )
+        )
+        return self._read_epochs(told)
+
+    def _check_secret(self) -> Flow[None]:
+        (told,) = yield Commands((self._ask(()),))
+        epochs = self._read_epochs(told)
+        if epochs is not None and epochs.fingerprint != self._fingerprint:
+            raise AegisConfigError(
+                "these entries were written with another secret: nothing would be removed. "
+                "Give every host of this Redis the same AEGIS_SECRET_KEY"
+            )
+
+    def _alive(self, records: list[Record], epochs: Epochs) -> Flow[list[Record]]:
+        """Keep the records that nothing has invalidated since their making began."""
+        kept: list[Record] = []
+        asked: list[Record] = []
+        for record in records:
+            made = _clock(record, epochs)
+            if made is None or record.created_ms < epochs.before_ms:
+                continue
+            if any(dead > made for dead in epochs.dead):
+                continue
+            # Only if some source was invalidated after it: which ones?
+            (asked if record.src and epochs.source > made else kept).append(record)
+        if asked:
+            replies = yield Commands(tuple(("HMGET", self._epochs, *record.src) for record in asked))
+            for record, dead in zip(asked, replies, strict=True):
+                made = _clock(record, epochs) or 0
+                if not isinstance(dead, Exception) and all(int(d or 0) <= made for d in dead):
+                    kept.append(record)
+        return kept
+
+    def _listed(self, records: list[Record], epochs: Epochs) -> Flow[list[bool]]:
+        """Say of records of any tenant whether they live: whether their tenant's set lists them, for one."""
+        if not records:
+            return []
+        asked = [
+            command
+            for record in records
+            for tenant in ["".join(record.sets[:1])]
+            for command in (
+                ("ZSCORE", f"{self._registry}:{tenant}", record.key),
+                ("HMGET", self._epochs, "before", f"before:{tenant}", "namespace", *record.sets),
+            )
+        ]
+        replies = yield Commands(tuple(asked))
+        raise_error(next((r for r in replies if isinstance(r, Exception)), None))
+        living = []
+        for record, listed, told in zip(records, replies[::2], replies[1::2], strict=True):
+            made = _clock(record, epochs)
+            old = record.created_ms < max(int(told[0] or 0), int(told[1] or 0))
+            living.append(
+                listed is not None and not old and made is not None and all(int(d or 0) <= made for d in told[2:])
+            )
+        return living
+
+    def _notes(self, asking: str | None, told: list[Any]) -> dict[str, str]:
+        """Return what is noted of a key and others; a score that we have not signed is left out."""
+        notes: dict[str, str] = {}
+        if asking is None or isinstance(told[0], Exception):
+            return notes
+        for other, value in as_pairs(told[0]).items():
+            key, (text, _, signature) = as_text(other), as_text(value).rpartition(":")
+            if value == b"x":
+                notes[key] = "x"
+            elif hmac.compare_digest(signature.encode(), self._sign(asking, key, text).encode()):
+                notes[key] = text
+        return notes
+
+    def _sign(self, asked: str, served: str, text: str) -> str:
+        """Sign a score: whoever writes into Redis must not have one question's answer serve another."""
+        digest = hashlib.blake2b(key=self._mac_key, digest_size=8, person=b"aegis-note-v1")
+        digest.update(f"{asked}:{served}:{text}".encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+
+def named(things: Sequence[str], given: str | None, kind: str) -> str | None:
+    """Return `given`, else the first of `things` that is of a kind, else None."""
+    return given if given is not None else next((thing for thing in things if thing.startswith(kind)), None)
+
+
+def _clock(record: Record, epochs: Epochs) -> int | None:
+    """Return the clock at which a record's making began; None if it was in another incarnation."""
+    incarnation, _, clock = record.epochs.partition(":")
+    return int(clock) if incarnation == epochs.id and clock.isdigit() and int(clock) <= epochs.clock else None
