@@ -237,7 +237,7 @@ class TestTime:
         async def ajudge(cached, new):
             return await asyncio.to_thread(judge, cached, new)
 
-        verifier = Verifier(judge if kind == "blocking" else ajudge, budget_s=0.05)
+        verifier = Verifier(judge if kind == "blocking" else ajudge, budget_s=0.5)
         with pytest.raises(Unavailable, match="verifier_slow") as caught:
             await verdict(way, verifier)
         late = caught.value.late
@@ -300,7 +300,8 @@ class TestTime:
         assert {type(each) for each in given_up} == {Unavailable}
         free.set()
         assert await verdict("async", patient(judge), "a", "last") == 1.0
-        assert len(calls) == 8 + 1
+        assert len(calls) <= 8 + 1
+        assert calls[-1] == "last"
 
     async def test_a_cancelled_caller_cancels_an_async_judge(self):
         begun, cancelled = asyncio.Event(), asyncio.Event()
