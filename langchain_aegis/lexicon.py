@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any
 
@@ -68,11 +68,15 @@ class Lexicon:
     narrowing: frozenset[int]  # members of exclusive sets that narrow a question down
     reversible: dict[int, frozenset[int]]  # number of a member -> the exclusive sets in which two may change places
     conflicts: frozenset[tuple[int, int]]  # positions in `questions`
+    what: int  # position in `questions`; "what" may ask for anything that `implied` names
+    asks: frozenset[str]  # words after which a question word begins the question itself ("could you tell me when")
     questions: tuple[str, ...]  # codes of question words; a profile stores the position
     shapes: tuple[str, ...]
     groups: tuple[str, ...]  # names of the exclusive sets
     yes_no: dict[str, dict[str, str]]  # per language: first word -> question code
     separable: frozenset[str]
+    particles: frozenset[str]  # German: stand at the end and belong to the verb ("melde ... an")
+    before_noun: frozenset[str]  # German: what stands before is the verb of a question
     not_prefixed: tuple[str, ...]
     marks: dict[str, int]  # form -> sum of SYMMETRIC, AUXILIARY, AGENT
 
@@ -111,6 +115,7 @@ def lexicon() -> Lexicon:
     return _Builder().build()
 
 
+@lru_cache(maxsize=1 << 14)
 def stem(word: str, language: str) -> str:
     """Return `word` (lower case) without its inflection. Rough: it only has to be the same for both of two texts."""
     return _stem_de(word) if language == "de" else _stem_en(word)
@@ -209,7 +214,7 @@ class _Builder:
                     word.unit = (dimension, float(factor))
         wordnet = read("wordnet.toml")
         _IRREGULAR.update(_pairs(wordnet["irregular"]))
-        groups, narrowing, reversible = self._classes(read("classes.toml"))
+        groups, narrowing, reversible, persons = self._classes(read("classes.toml"))
         opposites = read("opposites.toml")
         self._opposites(opposites["both"].strip().splitlines(), ("en", "de"))
         for language in self.tables:
@@ -234,6 +239,7 @@ class _Builder:
         implied = {
             code: frozenset(self._each(text.split(), ("en", "de"))) for code, text in synonyms["implied"].items()
         }
+        implied["who"] |= persons
         category = {
             number for text in synonyms["category"].values() for number in self._each(text.split(), ("en", "de"))
         }
@@ -246,6 +252,7 @@ class _Builder:
             for order, word in enumerate(word for word in table.words.values() if word.stop):
                 word.frame = order % 255 + 1
         # "account" has the stem of "accounting", and that is no reason to take it for a trade.
+        denying = {word.number for table in self.tables.values() for word in table.words.values() if word.soft_negation}
         common = {word.number for table in self.tables.values() for word in table.words.values() if not word.exclusive}
         raw = b"".join((_DATA / name).read_bytes() for name in _FILES)
         return Lexicon(
@@ -253,7 +260,7 @@ class _Builder:
             tables=self.tables,
             votes=_votes(languages["detect"]),
             related={number: frozenset(others - {number}) for number, others in self.related.items()},
-            graded=graded,
+            graded=graded | denying,
             canonical={number: min(others) for number, others in self.related.items()},
             light=frozenset(light),
             category=frozenset(category),
@@ -261,18 +268,23 @@ class _Builder:
             narrowing=frozenset(narrowing - common),
             reversible={number: frozenset(groups) for number, groups in reversible.items()},
             conflicts=_conflicts(guards["question_words"]["conflicts"], questions),
+            what=questions.index("what"),
+            asks=frozenset(guards["question_words"]["asks"].split()),
             questions=questions,
             shapes=shapes,
             groups=groups,
             yes_no={language: _first_words(guards["question_words"], language) for language in self.tables},
             separable=frozenset(synonyms["phrases"]["separable"].split()),
+            particles=frozenset(guards["particles"]["particles"].split()),
+            before_noun=frozenset(guards["particles"]["before_noun"].split()),
             not_prefixed=tuple(guards["negation"]["not_prefixed"].split()),
             marks=_marks(direction),
         )
 
-    def _classes(self, data: dict[str, Any]) -> tuple[tuple[str, ...], set[int], dict[int, set[int]]]:
+    def _classes(self, data: dict[str, Any]) -> tuple[tuple[str, ...], set[int], dict[int, set[int]], set[int]]:
         names: list[str] = []
         narrowing: set[int] = set()
+        persons: set[int] = set()
         reversible: dict[int, set[int]] = {}
         for section in (name for name, content in data.items() if isinstance(content, dict)):
             for name, text in data[section].items():
@@ -281,10 +293,12 @@ class _Builder:
                         word.exclusive = (*word.exclusive, len(names) * 256 + number)
                         if section in data["narrowing"].split():
                             narrowing.add(word.number)
+                        if section == "people":
+                            persons.add(word.number)
                         if section in data["reversible"].split():
                             reversible.setdefault(word.number, set()).add(len(names))
                 names.append(name)
-        return tuple(names), narrowing, reversible
+        return tuple(names), narrowing, reversible, persons
 
     def _opposites(self, lines: Iterable[str], languages: tuple[str, ...]) -> None:
         for line in lines:
@@ -312,6 +326,8 @@ class _Builder:
             if "_" in form:
                 for word in self._add([form]):
                     word.question, word.stop = "possible", True
+        for word in self._add(data["manner"].split()):
+            word.question, word.stop = "manner", True
         return tuple(codes)
 
     def _numbers(self, data: dict[str, str]) -> None:
@@ -362,9 +378,9 @@ class _Builder:
 
 def _index(table: Table, language: str) -> None:
     """Fill `stems` and `phrases` from `words`."""
-    for form, word in table.words.items():
+    for form, word in sorted(table.words.items(), key=lambda item: item[1].stop):
         if "_" not in form:
-            table.stems.setdefault(stem(form, language), word)
+            table.stems.setdefault(stem(form, language), word)  # "allowance" is rather of "allow" than of "allowed"
             continue
         first, second, *rest = form.split("_")
         for key in {first, stem(first, language)}:

@@ -25,6 +25,7 @@ from langchain_aegis.tokens import (
     VERSION_TAG,
     Form,
     forms_of,
+    join_particle,
 )
 
 _VERSION = 2
@@ -215,6 +216,8 @@ class _Reader:
         self.tongue = "de" if self.language == _GERMAN else "en"
         tongue = self.tongue
         self.forms = [form for token in tokens for form in forms_of(token, tongue)]
+        if tongue == "de":
+            join_particle(self.forms)
         self.words = lexicon().tables[tongue].words
         self.order: list[int] = []
         self.numbers: set[int] = set()
@@ -230,7 +233,10 @@ class _Reader:
         self.question = ""
         self.source = self.target = -1
         self.pending = ""  # "from" or "to": what the next term is
+        self.towards = ""  # which of the two the last one was
+        self.ends = -1  # position of its term
         self.converts = False
+        self.at = 0
         self.skip: list[int] = []  # particles that were taken with their verb
         for extra in (rest, "".join(SYMBOL.findall(text))):
             if extra:
@@ -243,6 +249,7 @@ class _Reader:
         if size:
             self.question = lexicon().yes_no[self.tongue].get(forms[0].low, "")
         while at < size:
+            self.at = at
             form = forms[at]
             word = form.word
             if word is not None and word.frame:
@@ -287,6 +294,8 @@ class _Reader:
         """Take a number with its factor and unit; return the position after it."""
         form = self.forms[at]
         weak, value, unit, after = False, "", "", at + 1
+        if self.pending or (at and self.order and at - 1 == self.ends):  # "from 2.1 to 2.2", "from Node 18 to Node 20"
+            self._end(_digest(form.low, self.key))
         if form.kind == NUMERIC:
             match = NUMBER.match(form.low)
             digits, suffix = match.groups() if match else (form.low, "")
@@ -370,8 +379,8 @@ class _Reader:
         self._codes(word)
         self.negations += word.negation
         self.soft |= word.soft_negation
-        if word.question and not self.question:
-            self.question = word.question
+        if word.question:
+            self._question(word.question)
         if word.ordinal is not None:
             self.numbers.add(_digest(f"#{word.ordinal}", self.key))
         if word.direction == "convert":
@@ -385,6 +394,15 @@ class _Reader:
         elif not word.stop and not word.direction and not word.question:
             self._add(_digest(form.stem, self.key), None)
 
+    def _question(self, code: str) -> None:
+        if code == "manner":  # "what is the way to"
+            if self.question in ("", "what"):
+                self.question = "how"
+        elif not self.question:
+            self.question = code
+        elif self.question in ("yes_no", "possible") and self.at and self.forms[self.at - 1].low in lexicon().asks:
+            self.question = code
+
     def _codes(self, word: Word) -> None:
         self.shape |= word.shape
         if word.exclusive:
@@ -397,11 +415,16 @@ class _Reader:
         if kind is not None:
             kind.add(term)
         if self.pending:
-            if self.pending == "from":
-                self.source = term
-            else:
-                self.target = term
-            self.pending = ""
+            self._end(term)
+
+    def _end(self, term: int) -> None:
+        """Take what a way or a change starts or ends with."""
+        if self.pending:
+            self.towards, self.pending, self.ends = self.pending, "", self.at
+        if self.towards == "from":
+            self.source = term
+        else:
+            self.target = term
 
     def _profile(self) -> Profile:
         passive = self.marks & AUXILIARY and self.marks & AGENT

@@ -110,7 +110,61 @@ def _forms(token: str, language: str, table: Table) -> tuple[Form, ...]:
             denied.denied = True
             return (denied, *others)
         return _each(parts, language, table)
+    if language == "de":
+        found = _german(low, table, capital)
+        if found:
+            return found
     return (_denied(low, language, table, capital) or Form(low, base, None, _case(token), capital=capital),)
+
+
+_INFIX = re.compile(
+    r"(ab|an|auf|aus|bei|ein|fest|her|herunter|hinzu|hoch|mit|nach|runter|vor|weg|weiter|wieder|zurück|zusammen|um|)"
+    r"(?:zu|ge)(\w{3,}(?:en|rn|ln|t))"
+)
+_LINKS = ("", "s", "es", "n", "en", "e")  # between the parts of a compound
+
+
+def _german(low: str, table: Table, capital: bool) -> tuple[Form, ...]:
+    """Return the forms of an inflected verb ("gekündigt", "anzumelden") or of a compound's parts; empty if it is neither."""
+    match = _INFIX.fullmatch(low)
+    if match:
+        base = stem(match[1] + match[2], "de")
+        word = table.stems.get(base)
+        if word is not None:
+            return (Form(low, base, word, PLAIN, capital=capital),)
+    for cut in range(len(low) - 4, 3, -1):
+        last = table.words.get(low[cut:]) or table.stems.get(stem(low[cut:], "de"))
+        if last is None or not last.number:
+            continue
+        for link in _LINKS:
+            rest = low[: cut - len(link)]
+            if len(rest) > 3 and low[:cut].endswith(link):
+                first = table.words.get(rest) or (table.stems.get(stem(rest, "de")) if not link else None)
+                if first is not None and first.number:
+                    return (
+                        Form(rest, stem(rest, "de"), first, PLAIN, capital=capital),
+                        Form(low[cut:], stem(low[cut:], "de"), last, PLAIN, capital=capital),
+                    )
+    return ()
+
+
+def join_particle(forms: list[Form]) -> None:
+    """Put the particle at the end of a German question back before its verb ("melde ich mich an": "anmelde")."""
+    known = lexicon()
+    if len(forms) < 3 or forms[-1].low not in known.particles:
+        return
+    particle, table, verb = forms[-1].low, known.tables["de"], -1
+    for at, form in enumerate(forms[:-2]):
+        if not form.low.isalpha():
+            continue
+        if stem(particle + form.low, "de") in table.stems:
+            verb = at
+            break
+        if verb < 0 and len(form.low) > 3 and (form.word is None or not form.word.stop):
+            verb = at if forms[at + 1].low in known.before_noun else -1
+    if verb >= 0:
+        forms[verb] = forms_of(particle + forms[verb].low, "de")[0]
+        forms.pop()
 
 
 def _each(parts: list[str], language: str, table: Table) -> tuple[Form, ...]:

@@ -55,7 +55,7 @@ def compare(cached: Profile, new: Profile, *, off: frozenset[str] = frozenset())
         found.append("number")
     if cached.quantities != new.quantities:
         found.append("quantity")
-    if (cached.flags ^ new.flags) & NEGATED and not (new if cached.flags & NEGATED else cached).flags & DENYING:
+    if (cached.flags ^ new.flags) & NEGATED and not _denied_in_a_word(cached.flags, new.flags):
         found.append("negation")
     if cached.opposites != new.opposites:
         for code in cached.opposites - new.opposites:
@@ -66,7 +66,7 @@ def compare(cached: Profile, new: Profile, *, off: frozenset[str] = frozenset())
         groups = {code >> 8 for code in cached.exclusive - new.exclusive}
         if groups and any(code >> 8 in groups for code in new.exclusive - cached.exclusive):
             found.append("exclusive")
-    if cached.question != new.question and (cached.question, new.question) in known.conflicts:
+    if cached.question != new.question and _asks_otherwise(cached, new, known):
         found.append("question_word")
     if (cached.source >= 0 or new.source >= 0) and _turned_round(cached, new):
         found.append("direction")
@@ -77,11 +77,35 @@ def compare(cached: Profile, new: Profile, *, off: frozenset[str] = frozenset())
     return tuple(code for code in found if code not in off) if off else tuple(found)
 
 
+def _denied_in_a_word(cached: int, new: int) -> bool:
+    """Return whether the question without a negation says the same in one word ("can't remember", "forgot")."""
+    negated, other = (cached, new) if cached & NEGATED else (new, cached)
+    return bool(other & DENYING and not negated & DENYING)
+
+
+def _asks_otherwise(cached: Profile, new: Profile, known: Lexicon) -> bool:
+    """Return whether the question words ask for different things ("when", "where")."""
+    if (cached.question, new.question) not in known.conflicts:
+        return False
+    if known.what == cached.question:
+        return known.implied[new.question].isdisjoint(cached.terms)
+    return known.what != new.question or known.implied[cached.question].isdisjoint(new.terms)
+
+
 def _turned_round(cached: Profile, new: Profile) -> bool:
     """Return whether one question starts where the other ends."""
     if cached.source == new.source and cached.target == new.target:
         return False
-    return -1 != cached.source == new.target or -1 != cached.target == new.source
+    if -1 != cached.source == new.target or -1 != cached.target == new.source:
+        return True
+    # "Net from gross", "gross from net": both ends are spoken of in both.
+    return (
+        min(cached.source, new.source) >= 0
+        and cached.source != new.source
+        and not cached.target == new.target >= 0
+        and cached.source in new.terms
+        and new.source in cached.terms
+    )
 
 
 def _numbers_differ(cached: Profile, new: Profile) -> bool:
@@ -167,18 +191,19 @@ def _reworded(left: set[int], right: set[int], cached: Profile, new: Profile, kn
         return False
     if not (known.graded.isdisjoint(odd) and known.narrowing.isdisjoint(odd)):
         return False
-    return _differences(cached.frame, new.frame) >= _NEW_CONSTRUCTION
+    mine, theirs = _differences(cached.frame, new.frame)
+    return mine + theirs >= _NEW_CONSTRUCTION and min(mine, theirs) > 0
 
 
-def _differences(left: bytes, right: bytes) -> int:
-    """Return how many members only one of two multisets has."""
+def _differences(left: bytes, right: bytes) -> tuple[int, int]:
+    """Return how many members of each of two multisets the other has not."""
     rest, count = bytearray(right), 0
     for code in left:
         if code in rest:
             rest.remove(code)
         else:
             count += 1
-    return count + len(rest)
+    return count, len(rest)
 
 
 def _unexplained(odd: frozenset[int], theirs: frozenset[int], implied: frozenset[int], known: Lexicon) -> set[int]:
