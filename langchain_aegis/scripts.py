@@ -30,21 +30,24 @@ local function now_ms()
 end
 """
 
-# Take a record out of everything that lists it; the first of its sets is its tenant's.
+# Take a record out of everything that lists it; answers 1 if it lived until now: if its tenant's set, the first, has
+# listed it.
 _FORGET = """
 local function forget(exact, sets, scope, emb)
-  local first = true
+  local lived
   for thing in string.gmatch(sets or '', '[^,]+') do
-    redis.call('ZREM', prefix .. 'z:' .. thing, exact)
-    if first then redis.call('ZREM', prefix .. 'u:' .. thing, exact) end
-    first = false
+    local listed = redis.call('ZREM', prefix .. 'z:' .. thing, exact)
+    if not lived then redis.call('ZREM', prefix .. 'u:' .. thing, exact) end
+    lived = lived or listed
   end
   if scope and scope ~= '' then redis.call('HDEL', prefix .. 'v:' .. scope .. ':' .. emb, exact) end
+  return lived or 0
 end
 local function drop(exact)
   local told = redis.pcall('HMGET', prefix .. 'e:' .. exact, 'sets', 'scope', 'emb')
-  if not told.err then forget(exact, told[1], told[2], told[3]) end
-  return redis.call('UNLINK', prefix .. 'e:' .. exact)
+  local lived = told.err and 0 or forget(exact, told[1], told[2], told[3])
+  redis.call('UNLINK', prefix .. 'e:' .. exact)
+  return lived
 end
 """
 
@@ -136,12 +139,15 @@ if most > 0 and sets[1] then
   local over = redis.call('ZCOUNT', set, '(' .. now, '+inf') - most
   for _ = 1, $EVICTED_AT_ONCE do
     if over <= 0 then break end
-    -- The least recently used; entries of before there was a bound have no use noted, and go by their expiry.
+    -- Entries of before there was a bound have no use noted: they go first. Then the least recently used.
     local victim
-    for _, name in ipairs({used, set}) do
-      for _, member in ipairs(redis.call('ZRANGE', name, 0, 1)) do
-        if not victim and member ~= exact then victim = member end
+    if redis.call('ZCARD', used) < redis.call('ZCARD', set) then
+      for _, member in ipairs(redis.call('ZRANGE', set, 0, 20)) do
+        if not victim and not redis.call('ZSCORE', used, member) then victim = member end
       end
+    end
+    for _, member in ipairs(redis.call('ZRANGE', used, 0, 1)) do
+      if not victim and member ~= exact then victim = member end
     end
     if not victim then break end
     drop(victim)
@@ -445,7 +451,7 @@ def sweep(prefix: str, token: str, lock_ms: int, budget_us: int, most: int) -> C
 
 
 def drop(prefix: str, clock: int, exacts: Sequence[str]) -> Command:
-    """Remove entries that were made before `clock`; answers how many."""
+    """Remove entries that were made before `clock`; answers how many of them lived."""
     return _eval(_DROP, prefix, clock, *exacts)
 
 
@@ -455,7 +461,7 @@ def refresh(prefix: str, exact: str, born: tuple[str, str]) -> Command:
 
 
 def report(prefix: str, served: str, asked: str) -> Command:
-    """Remove an entry, note the pair both ways; answers how many entries were removed."""
+    """Remove an entry, note the pair both ways; answers whether the entry lived."""
     return _eval(_REPORT, prefix, PAIR_KEYS, served, asked)
 
 

@@ -309,7 +309,7 @@ class Store(Namespace):
         Answers to both that are being made are refused.
 
         Returns:
-            Whether the entry was there.
+            Whether the entry was there and alive.
 
         Raises:
             AegisConfigError: The namespace was written with another secret: nothing would be found.

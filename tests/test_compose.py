@@ -235,6 +235,51 @@ def test_the_cache_works_with_the_rights_of_that_user(container, client):
     assert refusals(client) == before
 
 
+def test_every_flow_of_the_store_works_with_the_rights_of_that_user(container, client):
+    from langchain_aegis.connections import Connections
+    from langchain_aegis.entries import Record
+    from langchain_aegis.flows import run
+    from langchain_aegis.store import Invalidation, Store
+    from langchain_aegis.vectors import pack
+
+    before = refusals(client)
+    url = f"redis://aegis:{quote(PASSWORD, safe='')}@127.0.0.1:{container[1]}"
+    store, connections = Store("aegis", b"m" * 32, "f00"), Connections(url, budget_s=10)
+    client.delete("aegis:{p00}:epochs")  # another test's, with another secret
+    things, vector, now_ms = ["namespace", "tenant:a", "user:u"], pack([1.0, 2.0]), 1_800_000_000_000
+
+    def do(flow):
+        return run(flow, connections.perform)
+
+    epochs = do(store.refresh("00", things))
+    fence = do(store.lease("00", 60_000))
+    for i in range(4):
+        record = Record(
+            key=f"{i:02x}", scope="5c", emb="e1", digest="", created_ms=now_ms + i, expires_ms=now_ms + 60_000,
+            epochs=epochs.stamp(), answer=b"{}", vec=vector, sets=("tenant:a", "user:u"),
+        )  # fmt: skip
+        put = store.put(record, things=things, now_ms=now_ms + i, tenanted=True, max_entries=3, fence=0 if i else fence)
+        assert do(put) == "stored"
+    do(store.release("00", fence))
+    do(store.opt("user:u", True))
+    do(store.note("01", "02", "0.5"))
+    do(store.touch("01", "tenant:a", now_ms))
+    assert do(store.read("01", things, touch_ms=now_ms))[1].opted_out
+    assert do(store.nearest("5c", "e1", vector, 5, epochs, 1_000, asking="01")).notes == {"02": "0.5"}
+    assert len(do(store.nearest_anywhere("e1", vector, 5, epochs, 1_000))) == 3
+    assert do(store.records(0))[0] >= 0
+    assert do(store.report("01", "02"))
+    assert do(store.invalidate(Invalidation(near=["01", "02"]))) == 1
+    assert do(store.invalidate(Invalidation(before_ms=now_ms, before_tenant="tenant:a"))) == 0
+    assert do(store.invalidate(Invalidation(["x"], [["tenant:a", "user:u"], ["user:u"]], now_ms=now_ms))) == 1
+    assert do(store.clear(now_ms=now_ms)) == 0
+    while do(store.sweep("me")).state == "more":
+        pass
+    assert do(store.held(now_ms)) == (0, 0)
+    connections.close()
+    assert refusals(client) == before
+
+
 def test_it_is_bounded_and_forgets_only_what_may_be_forgotten(client):
     memory = client.info("memory")
     assert (memory["maxmemory"], memory["maxmemory_policy"]) == (4 * 2**30, "volatile-lru")

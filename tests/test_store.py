@@ -3,16 +3,20 @@
 import math
 import random
 import uuid
+from dataclasses import replace
 
 import pytest
 import redis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from langchain_aegis import scripts
 from langchain_aegis.breaker import Unavailable
 from langchain_aegis.connections import Connections
 from langchain_aegis.entries import Record
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flows import arun, run
-from langchain_aegis.store import SCOPE_VECTORS, Commands, Store
+from langchain_aegis.store import SCOPE_VECTORS, Commands, Invalidation, Store
 from langchain_aegis.vectors import pack
 
 MAC = b"m" * 32
@@ -38,23 +42,41 @@ class Kept:
         return self.do(self.store.epochs(things))
 
     def put(
-        self, exact, epochs=None, things=THINGS, sets=("tenant:a",), tenanted=False, ttl_ms=60_000, now_ms=NOW, **fields
-    ):
+        self, exact, epochs=None, things=THINGS, sets=("tenant:a",), tenanted=False, ttl_ms=60_000, now_ms=NOW,
+        max_entries=None, fence=0, **fields,
+    ):  # fmt: skip
         epochs = epochs or self.epochs()
         record = Record(**{
             "key": exact, "scope": SCOPE, "emb": EMB, "digest": "", "created_ms": now_ms, "expires_ms": now_ms + ttl_ms,
             "epochs": epochs.stamp(), "answer": b"{}", **fields,
         })  # fmt: skip
-        things = [*things, *record.src]
-        return self.do(
-            self.store.put(record, things=things, sets=[*sets, *record.src], now_ms=now_ms, tenanted=tenanted)
-        )
+        record = replace(record, sets=(*sets, *(s for s in record.src if s.startswith("source:"))))
+        put = self.store.put(
+            record, things=[*things, *record.src], now_ms=now_ms, tenanted=tenanted, max_entries=max_entries,
+            fence=fence,
+        )  # fmt: skip
+        return self.do(put)
+
+    def invalidate(self, things, groups=(), sources=False, **how):
+        return self.do(self.store.invalidate(Invalidation(things, groups, sources, **how)))
 
     def read(self, exact, things=THINGS):
         return self.do(self.store.read(exact, things))[0]
 
+    def listed(self, kind="z"):
+        """What the sets of a kind list, by thing."""
+        start = f"{self.namespace}:{{p00}}:{kind}:"
+        return {
+            key.decode().removeprefix(start): {m.decode() for m in self.redis.zrange(key, 0, -1)}
+            for key in self.redis.scan_iter(f"{start}*")
+        }
+
     def nearest(self, vector, scope=SCOPE, k=5, embedder=EMB):
         return self.do(self.store.nearest(scope, embedder, pack(vector), k, self.epochs(), 1_000)).near
+
+    def notes(self, exact):
+        nearest = self.store.nearest(SCOPE, EMB, pack([1.0, 1.0]), 1, self.epochs(), 1_000, asking=exact)
+        return self.do(nearest).notes
 
     def sweep(self):
         """Sweep until nothing is left; returns how many entries were unlinked."""
@@ -157,7 +179,7 @@ def test_an_invalidation_removes_at_once_and_wins_over_what_began_before(kept, t
     before = kept.epochs()
     kept.put(name(1), src=src, vec=pack(direction(0)))
     kept.put(name(2), vec=pack(direction(0.1)))
-    kept.do(kept.store.invalidate(things, [], sources=sources))  # logically only: nothing is unlinked
+    kept.invalidate(things, sources=sources)  # logically only: nothing is unlinked
     assert kept.read(name(1)) is None
     concerns_all = not sources
     assert (kept.read(name(2)) is None) == concerns_all
@@ -171,18 +193,18 @@ def test_an_invalidation_removes_at_once_and_wins_over_what_began_before(kept, t
 
 def test_an_invalidation_may_be_the_first_thing_that_happens(kept):
     for _ in range(2):
-        assert kept.do(kept.store.invalidate(["tenant:a"], [["tenant:a"]], sources=False)) == 0
+        assert kept.invalidate(["tenant:a"], [["tenant:a"]]) == 0
         assert kept.do(kept.store.clear()) == 0
     kept.put(name(1))
-    assert kept.do(kept.store.invalidate(["tenant:a"], [["tenant:a"]], sources=False)) == 1
+    assert kept.invalidate(["tenant:a"], [["tenant:a"]]) == 1
 
 
 def test_removal_follows_the_sets(kept):
     for i in range(450):
         kept.put(name(i), sets=("tenant:a", "user:u") if i % 2 else ("tenant:a",), src=("source:d1",) if i < 10 else ())
-    assert kept.do(kept.store.invalidate(["source:d1"], [["source:d1"]], sources=True)) == 10
-    assert kept.do(kept.store.invalidate(["tenant-user:x"], [["user:u", "tenant:a"]], sources=True)) == 220
-    assert kept.do(kept.store.invalidate(["tenant:a"], [["tenant:a"]], sources=False)) == 220
+    assert kept.invalidate(["source:d1"], [["source:d1"]], sources=True) == 10
+    assert kept.invalidate(["tenant-user:x"], [["user:u", "tenant:a"]], sources=True) == 220
+    assert kept.invalidate(["tenant:a"], [["tenant:a"]]) == 220
     assert len(kept.entries()) == 450
     assert kept.sweep() == 450
     assert kept.entries() == set()
@@ -259,7 +281,7 @@ def test_another_secret_is_noticed_and_its_entries_cannot_be_invalidated_from_he
     kept.put(name(1))
     stranger = Kept(any_redis.url, mac_key=b"x" * 32, fingerprint="bad", namespace=kept.namespace)
     assert stranger.read(name(1)) is None
-    for flow in (stranger.store.invalidate(["tenant:a"], [["tenant:a"]], sources=False), stranger.store.clear()):
+    for flow in (stranger.store.invalidate(Invalidation(["tenant:a"], [["tenant:a"]])), stranger.store.clear()):
         with pytest.raises(AegisConfigError, match="AEGIS_SECRET_KEY"):
             stranger.do(flow)
     assert kept.read(name(1)) is not None
@@ -275,9 +297,17 @@ def test_a_server_that_refuses_writes_costs_nothing_but_the_entry(kept):
 
     epochs = kept.epochs()
     record = Record(
-        key=name(1), scope="", emb="", digest="", created_ms=NOW, expires_ms=NOW + 1, epochs=epochs.stamp(), answer=b""
+        key=name(1),
+        scope="",
+        emb="",
+        digest="",
+        created_ms=NOW,
+        expires_ms=NOW + 1,
+        epochs=epochs.stamp(),
+        answer=b"",
+        sets=("tenant:a",),
     )
-    flow = kept.store.put(record, things=THINGS, sets=["tenant:a"], now_ms=NOW, tenanted=False)
+    flow = kept.store.put(record, things=THINGS, now_ms=NOW, tenanted=False)
     assert run(flow, Refusing().perform) == "failed"
 
 
@@ -320,3 +350,406 @@ def test_a_given_client_is_used_as_an_address(redis_url):
     assert connections.perform(Commands((("PING",),)))[0] in (b"PONG", True)
     connections.close()
     client.close()
+
+
+# -- What is dead, and how many are left -------------------------------------------------------------------------
+
+
+def test_what_is_held_is_right_as_soon_as_the_call_returns(kept):
+    """Nothing is unlinked yet, but what is dead is not counted, by nobody and only once."""
+    for i in range(300):
+        sources = [f"source:s{s}" for s in range(3) if i % (s + 2) == 0]
+        kept.put(name(i), sets=("tenant:a" if i < 200 else "tenant:b",), src=tuple(sources))
+    assert kept.held() == (300, 2)
+    first = kept.invalidate(["source:s0", "source:s1"], [["source:s0"], ["source:s1"]], sources=True)
+    assert first == sum(i % 2 == 0 or i % 3 == 0 for i in range(300))
+    assert kept.held() == (300 - first, 2)
+    second = kept.invalidate(["source:s2"], [["source:s2"]], sources=True)
+    assert second == sum(i % 4 == 0 and i % 2 and i % 3 for i in range(300)) == 0
+    assert kept.invalidate(["tenant:a"], [["tenant:a"]]) == sum(bool(i % 2 and i % 3) for i in range(200))
+    assert kept.held()[1] == 1
+    assert kept.do(kept.store.clear()) == sum(bool(i % 2 and i % 3) for i in range(200, 300))
+    assert kept.held() == (0, 0)
+    assert len(kept.entries()) == 300
+    assert kept.sweep() == 300
+    assert (kept.entries(), kept.listed()) == (set(), {})
+
+
+def test_an_entry_that_is_stored_anew_survives_the_sweep(kept):
+    src = ("source:d1",)
+    for i in range(4):
+        kept.put(name(i), src=src, vec=pack(direction(i)))
+    assert kept.invalidate(src, [src], sources=True) == 4
+    assert kept.put(name(1), src=src, vec=pack(direction(1))) == "stored"
+    assert kept.put(name(2), sets=("tenant:a", "user:u"), vec=pack(direction(2))) == "stored"
+    assert kept.held() == (2, 1)
+    assert kept.sweep() == 2
+    assert kept.entries() == {name(1), name(2)}
+    assert kept.listed() == {"tenant:a": {name(1), name(2)}, "user:u": {name(2)}, "source:d1": {name(1)}}
+    assert [n.record.key for n in kept.nearest(direction(1), k=1)] == [name(1)]
+    assert kept.invalidate(src, [src], sources=True) == 1
+
+
+def test_overwriting_leaves_no_stale_membership(kept):
+    kept.put(name(1), sets=("tenant:a", "user:u"), src=("source:d1",), vec=pack(direction(0)))
+    kept.put(name(1), sets=("tenant:a",), src=("source:d2",), scope=OTHER_SCOPE, vec=pack(direction(0)))
+    assert kept.listed() == {"tenant:a": {name(1)}, "source:d2": {name(1)}}
+    assert kept.invalidate(["source:d1"], [["source:d1"]], sources=True) == 0
+    assert kept.read(name(1)) is not None
+    assert kept.nearest(direction(0)) == []
+    assert len(kept.nearest(direction(0), scope=OTHER_SCOPE)) == 1
+
+
+def test_entries_older_than_a_moment_are_dead(kept):
+    for i in range(20):
+        kept.put(name(i), sets=("tenant:a" if i < 12 else "tenant:b",), created_ms=NOW + i, vec=pack(direction(i / 20)))
+    things = {"tenant:a": ["namespace", "tenant:a"], "tenant:b": ["namespace", "tenant:b"]}
+
+    def alive():
+        return {i for i in range(20) if kept.read(name(i), things["tenant:a" if i < 12 else "tenant:b"])}
+
+    assert kept.invalidate([], before_ms=NOW + 5, before_tenant="tenant:a") == 5
+    assert alive() == {*range(5, 20)}
+    assert kept.held() == (15, 2)
+    assert kept.invalidate([], before_ms=NOW + 2, before_tenant="tenant:a") == 0  # an earlier moment takes nothing back
+    assert kept.invalidate([], before_ms=NOW + 14) == 9
+    assert alive() == {*range(14, 20)}
+    found = kept.do(kept.store.nearest(SCOPE, EMB, pack(direction(0)), 20, kept.epochs(), 1_000))
+    assert {int(n.record.key, 16) for n in found} == {*range(14, 20)}
+    assert kept.held() == (6, 1)
+    assert kept.put(name(50), created_ms=NOW + 1) == "invalidated"  # imported from elsewhere, say
+    assert kept.put(name(3), created_ms=NOW + 14) == "stored"
+    assert kept.sweep() == 13
+    assert kept.entries() == {name(i) for i in (3, *range(14, 20))}
+    assert kept.held() == (7, 2)
+
+
+def test_what_is_near_is_removed_at_once_and_what_is_being_made_is_refused(kept):
+    before = kept.epochs()
+    for i in range(30):
+        kept.put(name(i), src=("source:d1",), vec=pack(direction(i / 10)))
+    flow = kept.store.invalidate(Invalidation(near=[name(i) for i in range(20)]))
+    replies, clock = None, None
+    with pytest.raises(StopIteration) as done:
+        while True:
+            step = flow.send(replies)
+            if clock is None and kept.epochs().clock > before.clock:
+                clock = kept.epochs().clock
+                assert kept.put(name(19), src=("source:d1",)) == "stored"  # anew, before it is its turn
+            replies = kept.connections.perform(step)
+    assert done.value.value == 19
+    assert kept.entries() == {name(i) for i in range(19, 30)}
+    assert kept.listed()["source:d1"] == kept.entries()
+    assert kept.put(name(40), epochs=before) == "invalidated"
+    assert kept.held() == (11, 1)
+
+
+@pytest.mark.parametrize("any_redis", ["valkey+search", "redis8+search"], indirect=True)
+def test_dead_entries_do_not_hide_living_ones_while_they_are_swept(any_redis):
+    kept = Kept(any_redis.url)
+    for i in range(12):
+        kept.put(name(i), src=("source:d1",), vec=pack(direction(i / 100)))
+    kept.put(name(99), vec=pack(direction(0.5)))
+    kept.invalidate(["source:d1"], [["source:d1"]], sources=True)
+    assert [n.record.key for n in kept.nearest(direction(0), k=4)] == [name(99)]
+    kept.close()
+
+
+TENANTS = st.sampled_from(["tenant:a", "tenant:b"])
+SOURCES = st.sampled_from(["source:1", "source:2", "source:3"])
+OPERATIONS = st.one_of(
+    st.tuples(st.just("put"), st.integers(0, 7), TENANTS, st.frozensets(SOURCES, max_size=2), st.booleans()),
+    st.tuples(st.just("source"), st.frozensets(SOURCES, min_size=1)),
+    st.tuples(st.just("tenant"), TENANTS),
+    st.tuples(st.just("both"), TENANTS, SOURCES),
+    st.tuples(st.just("user"), TENANTS),
+    st.tuples(st.just("before"), st.integers(0, 8), st.none() | TENANTS),
+    st.tuples(st.just("near"), st.frozensets(st.integers(0, 7))),
+    st.tuples(st.just("clear")),
+    st.tuples(st.just("sweep")),
+)
+
+
+@pytest.mark.parametrize("any_redis", ["plain"], indirect=True)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(operations=st.lists(OPERATIONS, max_size=25))
+def test_any_sequence_of_writes_invalidations_and_sweeps_keeps_the_books(any_redis, operations):
+    """Against a model in Python: what is served, what is counted, what each call returns, what is left at the end."""
+    kept, alive, now = Kept(any_redis.url), {}, NOW
+    for operation, *told in operations:
+        now += 1
+        if operation == "put":
+            i, tenant, sources, with_user = told
+            sets = (tenant, *([f"user:{tenant}"] if with_user else []))
+            key = name(i) + tenant[-1]  # the tenant is part of every key
+            src = tuple(s for source in sorted(sources) for s in (source, f"tenant-{source}:{tenant}"))
+            assert kept.put(key, things=["namespace", *sets], sets=sets, src=src, now_ms=now, ttl_ms=10**6) == "stored"
+            alive[key] = ({*sets, *sources}, now)
+            continue
+        if operation == "sweep":
+            kept.sweep()
+            continue
+        if operation == "source":
+            dead = {k for k, (sets, _) in alive.items() if sets & told[0]}
+            count = kept.invalidate([*told[0]], [[s] for s in sorted(told[0])], sources=True, now_ms=now)
+        elif operation == "tenant":
+            dead = {k for k, (sets, _) in alive.items() if told[0] in sets}
+            count = kept.invalidate([told[0]], [[told[0]]], now_ms=now)
+        elif operation == "user":
+            dead = {k for k, (sets, _) in alive.items() if f"user:{told[0]}" in sets}
+            count = kept.invalidate([f"user:{told[0]}"], [[f"user:{told[0]}"]], now_ms=now)
+        elif operation == "both":
+            dead = {k for k, (sets, _) in alive.items() if {*told} <= sets}
+            count = kept.invalidate([f"tenant-{told[1]}:{told[0]}"], [told], sources=True, now_ms=now)
+        elif operation == "before":
+            bound, tenant = now - told[0], told[1]
+            dead = {k for k, (sets, made) in alive.items() if made < bound and (tenant is None or tenant in sets)}
+            count = kept.invalidate([], before_ms=bound, before_tenant=tenant, now_ms=now)
+        elif operation == "near":
+            dead = {name(i) + "a" for i in told[0]} & alive.keys()
+            count = kept.invalidate([], near=[name(i) + "a" for i in sorted(told[0])], now_ms=now)
+        else:
+            dead, count = set(alive), kept.do(kept.store.clear(now_ms=now))
+        assert count == len(dead)
+        for key in dead:
+            del alive[key]
+        assert kept.held(now)[0] == len(alive)
+        for key in (name(i) + t for i in range(8) for t in "ab"):
+            tenant = f"tenant:{key[-1]}"
+            served = kept.read(key, ["namespace", tenant, f"user:{tenant}"] if key not in alive else
+                               ["namespace", *(s for s in alive[key][0] if not s.startswith("source"))])  # fmt: skip
+            assert (served is not None) == (key in alive)
+    kept.sweep()
+    assert kept.entries() == set(alive)
+    expected = {}
+    for key, (sets, _) in alive.items():
+        for each in sets:
+            expected.setdefault(each, set()).add(key)
+    assert kept.listed() == expected
+    records = [listed for listed in kept.do(kept.store.records())[1] if listed.alive]
+    assert {listed.record.key for listed in records} <= set(alive)
+    kept.close()
+
+
+# -- The size bound ----------------------------------------------------------------------------------------------
+
+
+def test_the_least_recently_used_entries_of_a_tenant_go(kept):
+    for i in range(5):
+        kept.put(name(i), max_entries=5, src=("source:d1",), now_ms=NOW + i, vec=pack(direction(i / 10)))
+    kept.put(name(100), sets=("tenant:b",), max_entries=5)
+    kept.do(kept.store.read(name(0), THINGS, tenant="tenant:a", touch_ms=NOW + 10))
+    kept.do(kept.store.touch(name(1), "tenant:a", NOW + 11))
+    for i in (5, 6, 7):
+        kept.put(name(i), max_entries=5, now_ms=NOW + 10 + i)
+    assert kept.entries() == {name(i) for i in (0, 1, 5, 6, 7, 100)}
+    assert kept.held() == (6, 2)
+    assert kept.listed()["source:d1"] == {name(0), name(1)}
+    assert kept.listed("u") == {"tenant:a": {name(i) for i in (0, 1, 5, 6, 7)}, "tenant:b": {name(100)}}
+    assert {int(n.record.key, 16) for n in kept.nearest(direction(0))} == {0, 1}
+
+
+def test_reading_neither_lists_an_entry_nor_brings_one_back(kept):
+    kept.put(name(1))
+    for i in (1, 2):
+        kept.do(kept.store.read(name(i), THINGS, touch_ms=NOW))
+        kept.do(kept.store.touch(name(i), "tenant:a", NOW))
+    assert kept.listed("u") == {}
+
+
+def test_a_lower_bound_is_reached_step_by_step(kept):
+    for i in range(40):
+        kept.put(name(i), now_ms=NOW + i)  # nobody has noted their use
+    sizes = []
+    for i in range(40, 46):
+        kept.put(name(i), max_entries=10, now_ms=NOW + i)
+        sizes.append(kept.held(NOW + 50)[0])
+    assert sizes == [33, 26, 19, 12, 10, 10]
+    assert {name(i) for i in range(40, 46)} <= kept.entries()
+
+
+def test_expired_entries_do_not_count(kept):
+    for i in range(5):
+        kept.put(name(i), max_entries=6, ttl_ms=1_000)
+    for i in range(5, 11):
+        assert kept.put(name(i), max_entries=6, now_ms=NOW + 2_000) == "stored"
+    assert {name(i) for i in range(5, 11)} <= kept.entries()
+    assert kept.listed("u") == {"tenant:a": {name(i) for i in range(5, 11)}} == kept.listed()
+
+
+# -- Refresh, reports, leases, opting out ------------------------------------------------------------------------
+
+
+def test_a_refresh_wins_over_answers_that_were_being_made(kept):
+    kept.put(name(1), answer=b'"old"')
+    before = kept.epochs()
+    epochs = kept.do(kept.store.refresh(name(1), THINGS))
+    assert kept.read(name(1)).answer == b'"old"'  # until the new one is there
+    assert kept.put(name(1), epochs=before) == "invalidated"
+    assert kept.put(name(2), epochs=before) == "stored"
+    assert kept.put(name(1), epochs=epochs, answer=b'"new"') == "stored"
+    assert kept.put(name(1), epochs=before) == "invalidated"
+    assert kept.read(name(1)).answer == b'"new"'
+    assert 0 < kept.redis.pttl(f"{kept.namespace}:{{p00}}:t:{name(1)}") <= 24 * 3600 * 1000
+
+
+def test_a_refresh_may_be_the_first_thing_that_happens(kept):
+    epochs = kept.do(kept.store.refresh(name(1), THINGS))
+    assert kept.put(name(1), epochs=epochs) == "stored"
+
+
+def test_a_reported_pair_is_noted_both_ways_and_its_entry_gone(kept):
+    before = kept.epochs()
+    kept.put(name(1), src=("source:d1",), vec=pack(direction(0)))
+    assert kept.do(kept.store.report(name(1), name(2))) is True
+    assert kept.do(kept.store.report(name(1), name(2))) is False
+    assert kept.held() == (0, 0)
+    assert (kept.read(name(1)), kept.nearest(direction(0)), kept.listed()) == (None, [], {})
+    assert [kept.put(name(i), epochs=before) for i in (1, 2, 3)] == ["invalidated", "invalidated", "stored"]
+    assert kept.put(name(1), vec=pack(direction(0))) == "stored"  # for other questions
+    assert kept.notes(name(2)) == {name(1): "x"}
+    assert kept.notes(name(1)) == {name(2): "x"}
+    assert kept.notes(name(3)) == {}
+    assert 0 < kept.redis.pttl(f"{kept.namespace}:{{p00}}:b:{name(1)}") <= 30 * 24 * 3600 * 1000
+
+
+def test_an_exact_hit_can_be_reported_too(kept):
+    kept.put(name(1))
+    assert kept.do(kept.store.report(name(1), name(1))) is True
+    assert (kept.read(name(1)), kept.notes(name(1))) == (None, {})
+
+
+def test_a_score_is_remembered_and_a_report_outlives_it(kept):
+    kept.do(kept.store.note(name(2), name(1), "0.25"))
+    assert kept.notes(name(2)) == {name(1): "0.25"}
+    assert kept.notes(name(1)) == {}
+    kept.do(kept.store.note(name(2), name(1), "0.75"))
+    assert kept.notes(name(2)) == {name(1): "0.75"}
+    kept.do(kept.store.report(name(1), name(2)))
+    kept.do(kept.store.note(name(2), name(1), "0.99"))
+    assert kept.notes(name(2)) == {name(1): "x"}
+
+
+def test_a_score_that_somebody_else_wrote_is_not_believed(kept):
+    kept.do(kept.store.note(name(2), name(1), "0.75"))
+    kept.do(kept.store.note(name(2), name(3), "0.25"))
+    pairs = f"{kept.namespace}:{{p00}}:b:{name(2)}"
+    kept.redis.hset(pairs, name(3), kept.redis.hget(pairs, name(1)))  # moved to another pair
+    kept.redis.hset(pairs, name(4), "1.0")
+    kept.redis.hset(pairs, name(5), "1.0:" + "0" * 16)
+    kept.redis.hset(pairs, name(6), b"\xff\xfe:\xff")
+    kept.redis.hset(pairs, name(7), "")
+    assert kept.notes(name(2)) == {name(1): "0.75"}
+    kept.redis.delete(pairs)
+    kept.redis.set(pairs, "text")
+    assert kept.notes(name(2)) == {}
+
+
+def test_the_list_of_pairs_is_bounded_and_scores_go_first(kept):
+    for i in range(100, 110):
+        kept.do(kept.store.note(name(1), name(i), "0.5"))
+    for i in range(40):
+        kept.do(kept.store.report(name(i + 200), name(1)))
+    notes = kept.notes(name(1))
+    assert len(notes) == scripts.PAIRS_PER_KEY
+    assert set(notes.values()) == {"x"}
+    kept.do(kept.store.note(name(1), name(999), "0.5"))
+    assert kept.notes(name(1)) == notes
+
+
+def test_the_number_of_keys_with_pairs_is_bounded(kept, monkeypatch):
+    monkeypatch.setattr(scripts, "PAIR_KEYS", 10)
+    for i in range(30):
+        kept.do(kept.store.note(name(i), name(99), "0.5"))
+    assert kept.redis.zcard(f"{kept.namespace}:{{p00}}:b") == 10
+    assert len(list(kept.redis.scan_iter(f"{kept.namespace}:{{p00}}:b:*"))) == 10
+    assert kept.notes(name(29)) == {name(99): "0.5"}
+
+
+def test_one_of_many_gets_the_lease_and_whoever_was_too_slow_is_fenced(kept):
+    do, store = kept.do, kept.store
+    first = do(store.lease(name(1), 60_000))
+    assert first > 0
+    assert do(store.lease(name(1), 60_000)) == 0
+    assert do(store.lease(name(2), 60_000)) > first
+    kept.redis.delete(f"{kept.namespace}:{{p00}}:l:{name(1)}")  # it took too long: the lease has expired
+    second = do(store.lease(name(1), 60_000))
+    assert second > first
+    assert kept.put(name(1), fence=first) == "fenced"
+    assert kept.put(name(1), fence=second, answer=b'"second"') == "stored"
+    assert kept.put(name(1), fence=first) == "fenced"  # although the lease was given back
+    assert kept.read(name(1)).answer == b'"second"'
+    third = do(store.lease(name(1), 60_000))
+    assert third > second
+    do(store.release(name(1), second))  # not ours any more
+    assert do(store.lease(name(1), 60_000)) == 0
+    do(store.release(name(1), third))
+    assert do(store.lease(name(1), 60_000)) > third
+    assert kept.put(name(1)) == "stored"  # who has none is not held up
+
+
+def test_nothing_is_kept_of_a_user_who_opted_out(kept):
+    things = [*THINGS, "user:u"]
+    kept.do(kept.store.opt("user:u", True))
+    assert kept.put(name(1), things=things) == "opted_out"
+    assert kept.epochs(things).opted_out
+    assert kept.do(kept.store.read(name(1), things))[1].opted_out
+    assert not kept.epochs([*THINGS, "user:v"]).opted_out
+    assert kept.put(name(1), things=[*THINGS, "user:v"]) == "stored"
+    kept.do(kept.store.opt("user:u", False))
+    assert not kept.epochs(things).opted_out
+    assert kept.put(name(1), things=things) == "stored"
+
+
+# -- Looking at everything ---------------------------------------------------------------------------------------
+
+
+def test_every_record_is_told_and_whether_it_lives(any_redis):
+    """Also in a namespace whose name is a pattern to Redis."""
+    strange, plain = (Kept(any_redis.url, namespace=n + uuid.uuid4().hex[:6]) for n in ("a[b]*?\\", "a"))
+    plain.put(name(500))
+    for i in range(250):
+        strange.put(name(i), src=("source:d1",) if i < 50 else (), question=f"q{i}")
+    strange.put(name(300), sets=("tenant:b",), created_ms=NOW + 5)
+    strange.redis.hset(f"{strange.namespace}:{{p00}}:e:{name(301)}", "answer", "forged")
+    strange.invalidate(["source:d1"], [["source:d1"]], sources=True)
+    strange.invalidate([], before_ms=NOW + 1, before_tenant="tenant:a", now_ms=NOW)
+    strange.put(name(400))
+    cursor, found = 0, {}
+    while True:
+        cursor, some = strange.do(strange.store.records(cursor))
+        found.update({listed.record.key: listed for listed in some})
+        if not cursor:
+            break
+    assert found.keys() == {name(i) for i in (*range(250), 300)}
+    assert {key for key, listed in found.items() if listed.alive} == {name(300)}
+    assert found[name(7)].record.question == "q7"
+    strange.close()
+    plain.close()
+
+
+def test_the_nearest_of_all_scopes_are_told_where_there_is_search(kept):
+    for i in range(20):
+        tenant = "tenant:a" if i == 19 else "tenant:b"
+        kept.put(name(i), sets=(tenant,), scope=f"{i:032x}", vec=pack(direction(i / 20)))
+    kept.put(name(50), emb="ffff0000", vec=pack(direction(0)))
+    kept.put(name(51), src=("source:d1",), vec=pack(direction(0)))
+    kept.invalidate(["source:d1"], [["source:d1"]], sources=True)
+
+    def anywhere(k, **which):
+        found = kept.do(kept.store.nearest_anywhere(EMB, pack(direction(0)), k, kept.epochs(), 1_000, **which))
+        return [int(n.record.key, 16) for n in found]
+
+    if not kept.store.search:
+        assert anywhere(3) == []
+        return
+    assert anywhere(3) == [0, 1, 2]
+    assert anywhere(2, tenant="tenant:a") == [19]
+    assert anywhere(2, tenant="tenant:z") == []
+
+
+def test_notes_come_with_the_search(kept):
+    kept.put(name(1), vec=pack(direction(0)))
+    kept.do(kept.store.note(name(2), name(1), "0.5"))
+    found = kept.do(kept.store.nearest(SCOPE, EMB, pack(direction(0)), 5, kept.epochs(), 1_000, asking=name(2)))
+    assert ([n.record.key for n in found.near], found.notes) == ([name(1)], {name(1): "0.5"})
