@@ -60,9 +60,10 @@ class Lexicon:
     tables: dict[str, Table]
     votes: dict[str, int]  # form -> the sum of 1 << 16 * position in LANGUAGES
     related: dict[int, frozenset[int]]  # number of a form -> numbers of the forms that may stand for it
-    graded: frozenset[int]  # members of pairs of opposites
+    graded: frozenset[int]  # qualities that have an opposite, words that deny
     canonical: dict[int, int]  # number of a form -> the one that stands for it and its synonyms
     light: frozenset[int]
+    relations: frozenset[int]
     category: frozenset[int]  # what a name may be introduced with
     implied: tuple[frozenset[int], ...]  # per question code: what its question word asks for already
     narrowing: frozenset[int]  # members of exclusive sets that narrow a question down
@@ -74,6 +75,7 @@ class Lexicon:
     shapes: tuple[str, ...]
     groups: tuple[str, ...]  # names of the exclusive sets
     yes_no: dict[str, dict[str, str]]  # per language: first word -> question code
+    parts: dict[int, frozenset[int]]  # number of a phrase -> numbers of its words, if those have content
     separable: frozenset[str]
     particles: frozenset[str]  # German: stand at the end and belong to the verb ("melde ... an")
     before_noun: frozenset[str]  # German: what stands before is the verb of a question
@@ -216,12 +218,13 @@ class _Builder:
         _IRREGULAR.update(_pairs(wordnet["irregular"]))
         groups, narrowing, reversible, persons = self._classes(read("classes.toml"))
         opposites = read("opposites.toml")
-        self._opposites(opposites["both"].strip().splitlines(), ("en", "de"))
-        for language in self.tables:
-            self._opposites(opposites[language].strip().splitlines(), (language,))
+        self._opposites(opposites["qualities"].strip().splitlines(), ("en", "de"))
         graded = frozenset(
             word.number for table in self.tables.values() for word in table.words.values() if word.opposites
         )
+        self._opposites(opposites["acts"].strip().splitlines(), ("en", "de"))
+        for language in self.tables:
+            self._opposites(opposites[language].strip().splitlines(), (language,))
         self._opposites(wordnet["opposites"].split(), ("en",))
         shapes = tuple(guards["shape"])
         for bit, text in enumerate(guards["shape"].values()):
@@ -236,6 +239,11 @@ class _Builder:
         light = {
             number for language, text in synonyms["light"].items() for number in self._each(text.split(), (language,))
         }
+        relations = {
+            number
+            for language, text in synonyms["relations"].items()
+            for number in self._each(text.split(), (language,))
+        }
         implied = {
             code: frozenset(self._each(text.split(), ("en", "de"))) for code, text in synonyms["implied"].items()
         }
@@ -247,6 +255,7 @@ class _Builder:
         for kind in ("convert", "from", "to"):
             for word in self._add(direction[kind].split()):
                 word.direction = word.direction or kind
+        parts = {number: words for language in self.tables for number, words in self._parts(language)}
         for language, table in self.tables.items():
             _index(table, language)
             for order, word in enumerate(word for word in table.words.values() if word.stop):
@@ -263,6 +272,7 @@ class _Builder:
             graded=graded | denying,
             canonical={number: min(others) for number, others in self.related.items()},
             light=frozenset(light),
+            relations=frozenset(relations),
             category=frozenset(category),
             implied=tuple(implied.get(code, frozenset()) for code in questions),
             narrowing=frozenset(narrowing - common),
@@ -274,6 +284,7 @@ class _Builder:
             shapes=shapes,
             groups=groups,
             yes_no={language: _first_words(guards["question_words"], language) for language in self.tables},
+            parts=parts,
             separable=frozenset(synonyms["phrases"]["separable"].split()),
             particles=frozenset(guards["particles"]["particles"].split()),
             before_noun=frozenset(guards["particles"]["before_noun"].split()),
@@ -300,6 +311,15 @@ class _Builder:
                 names.append(name)
         return tuple(names), narrowing, reversible, persons
 
+    def _parts(self, language: str) -> Iterator[tuple[int, frozenset[int]]]:
+        words = self.tables[language].words
+        for form, phrase in list(words.items()):
+            parts = form.split("_")
+            if len(parts) > 1 and phrase.number and not phrase.stop:
+                speaking = [part for part in parts if part not in words or not words[part].stop]
+                if len(speaking) > 1:
+                    yield phrase.number, frozenset(self._each(speaking, (language,)))
+
     def _opposites(self, lines: Iterable[str], languages: tuple[str, ...]) -> None:
         for line in lines:
             for side, members in enumerate(line.split("|")):
@@ -311,7 +331,7 @@ class _Builder:
         for language in self.tables:
             for word in self._add(data[language].split(), (language,)):
                 word.negation = word.stop = True
-            for word in self._add(data[f"soft_{language}"].split(), (language,)):
+            for word in self._set_each(data[f"soft_{language}"].split(), language):
                 word.soft_negation = True
 
     def _questions(self, data: dict[str, str]) -> tuple[str, ...]:
@@ -364,12 +384,16 @@ class _Builder:
         for form in forms:
             for word in self._add([form], languages):
                 if not word.number:  # inflections of a word are one term
-                    word.number = self.numbers.setdefault(stem(form, languages[0]), len(self.numbers) + 1)
+                    base = stem(form, languages[0]).replace("-", "_")
+                    word.number = self.numbers.setdefault(base, len(self.numbers) + 1)
                 words.append(word)
         numbers = {word.number for word in words}
         for number in numbers:
             self.related.setdefault(number, set()).update(numbers)
         return words
+
+    def _set_each(self, forms: list[str], language: str) -> list[Word]:
+        return [word for form in forms for word in self._set([form], (language,))]
 
     def _each(self, forms: list[str], languages: tuple[str, ...]) -> set[int]:
         """Return the numbers of forms that need not stand for one another."""

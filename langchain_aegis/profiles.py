@@ -352,6 +352,8 @@ class _Reader:
     def _term(self, at: int, form: Form) -> None:
         """Take one token that is no number."""
         word = form.word
+        if at == 0 and form.low in self.words and self.words[form.low].stop:
+            word = self.words[form.low]  # "May I ..." is not about a month
         self.negations += form.denied
         if form.kind == CODE:
             if VERSION_TAG.fullmatch(form.low):
@@ -398,9 +400,9 @@ class _Reader:
         if code == "manner":  # "what is the way to"
             if self.question in ("", "what"):
                 self.question = "how"
-        elif not self.question:
-            self.question = code
-        elif self.question in ("yes_no", "possible") and self.at and self.forms[self.at - 1].low in lexicon().asks:
+            return
+        polite = self.question in ("yes_no", "possible")  # "could you tell me when"
+        if not self.question or (polite and self.at and self.forms[self.at - 1].low in lexicon().asks):
             self.question = code
 
     def _codes(self, word: Word) -> None:

@@ -125,14 +125,14 @@ _LINKS = ("", "s", "es", "n", "en", "e")  # between the parts of a compound
 
 
 def _german(low: str, table: Table, capital: bool) -> tuple[Form, ...]:
-    """Return the forms of an inflected verb ("gekündigt", "anzumelden") or of a compound's parts; empty if it is neither."""
+    """Return the forms of an inflected verb ("gekündigt", "anzumelden") or of a compound's parts, or none."""
     match = _INFIX.fullmatch(low)
     if match:
         base = stem(match[1] + match[2], "de")
         word = table.stems.get(base)
         if word is not None:
             return (Form(low, base, word, PLAIN, capital=capital),)
-    for cut in range(len(low) - 4, 3, -1):
+    for cut in range(4, len(low) - 3):
         last = table.words.get(low[cut:]) or table.stems.get(stem(low[cut:], "de"))
         if last is None or not last.number:
             continue

@@ -136,6 +136,9 @@ def _swapped(cached: Profile, new: Profile, known: Lexicon) -> bool:
     things = {term for term in left if term in cached.names or term in cached.identifiers}
     if [term for term in left if term in things] != [term for term in right if term in things]:
         return True
+    mine, theirs = _differences(cached.frame, new.frame)
+    if min(mine, theirs) > 0 and mine + theirs >= _NEW_CONSTRUCTION:
+        return False  # built anew, the parts of the sentence stand where they may
     groups = {term: known.reversible[term] for term in left if term in known.reversible}
     return any(
         groups[one] & groups[other] and (left.index(one) < left.index(other)) != (right.index(one) < right.index(other))
@@ -155,6 +158,9 @@ def _wording(cached: Profile, new: Profile, known: Lexicon) -> list[str]:
     right = _unexplained(theirs - mine, mine, known.implied[cached.question], known)
     if left and right:
         _drop_misspelt(left, right, cached, new)
+        if not known.parts.keys().isdisjoint(left | right):
+            _drop_phrases(left, right, theirs, known)
+            _drop_phrases(right, left, mine, known)
     if not left or not right:
         left = left - known.light
         right = right - known.light
@@ -185,14 +191,15 @@ def _reworded(left: set[int], right: set[int], cached: Profile, new: Profile, kn
     "my message"). Where the sentence is built anew, a few odd words mostly belong to the new construction, as long as
     the questions share more and none of the odd words is one of a set of alternatives. Names and codes never get here.
     """
+    mine, theirs = _differences(cached.frame, new.frame)
+    if mine + theirs < _NEW_CONSTRUCTION or not min(mine, theirs):
+        return False
+    left, right = left - known.relations, right - known.relations
     odd = left | right
     shared = min(len(cached.terms) - len(left), len(new.terms) - len(right))
     if max(len(left), len(right)) > 3 or len(odd) > 5 or shared < (2 if len(odd) < 3 else 3):
         return False
-    if not (known.graded.isdisjoint(odd) and known.narrowing.isdisjoint(odd)):
-        return False
-    mine, theirs = _differences(cached.frame, new.frame)
-    return mine + theirs >= _NEW_CONSTRUCTION and min(mine, theirs) > 0
+    return known.graded.isdisjoint(odd) and known.narrowing.isdisjoint(odd)
 
 
 def _differences(left: bytes, right: bytes) -> tuple[int, int]:
@@ -210,6 +217,20 @@ def _unexplained(odd: frozenset[int], theirs: frozenset[int], implied: frozenset
     """Return the `odd` terms that the other question does not say in another word, nor asks for anyway."""
     related = known.related
     return {term for term in odd if term & DIGEST or (term not in implied and related[term].isdisjoint(theirs))}
+
+
+def _drop_phrases(odd: set[int], other: set[int], theirs: frozenset[int], known: Lexicon) -> None:
+    """Take out phrases whose words stand apart in the other question ("word document", "document in Word")."""
+    for term in list(odd):
+        parts = known.parts.get(term)
+        if parts is not None and all(
+            part in theirs or not known.related.get(part, _NONE).isdisjoint(theirs) for part in parts
+        ):
+            odd.discard(term)
+            other -= {one for one in other if one in parts or not known.related.get(one, _NONE).isdisjoint(parts)}
+
+
+_NONE: frozenset[int] = frozenset()
 
 
 def _drop_misspelt(left: set[int], right: set[int], cached: Profile, new: Profile) -> None:
