@@ -36,6 +36,17 @@ SHOWN = {
         r"removes 1 answer",
         r"acme +from the model\n +globex +from the cache",
     ],
+    "web_application.py": [
+        r"acme +About (.*) \(from the model\)\nglobex +About (?!\1).* \(from the model\)\n",
+        r"acme +About \1 \(cached\)\nglobex .* \(cached\)",
+        r"4 requests, 2 asked of the model",
+    ],
+    "whole_pipeline.py": [
+        r"asked the model \| How long may I.*asked the model \| What is the fine",
+        r"from the cache +\| How long can I.*from the cache +\| What's the fine",
+        r"changed: 1 answer.*asked the model \| How long can I.*from the cache +\| What is the fine",
+        r"6 questions, 3 asked of the model",
+    ],
     "burst.py": [
         r"200 callers: 163 answered, 37 refused",
         r"asked 104 times: 59 callers shared",
