@@ -5,13 +5,13 @@ No method here is asynchronous: what needs I/O is a flow, and the cache drives i
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-import uuid
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from langchain_core.messages import AIMessage
@@ -20,29 +20,25 @@ from langchain_core.outputs import ChatGeneration, Generation
 from langchain_aegis import entries
 from langchain_aegis.breaker import Unavailable
 from langchain_aegis.cache_options import Options
+from langchain_aegis.calibration import Calibration, thresholds
+from langchain_aegis.counts import Counts, cost_of
 from langchain_aegis.embedder import Embedder
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flows import Flow
 from langchain_aegis.home import load_secret
 from langchain_aegis.keys import Declined, Key, Keyring, Who
-from langchain_aegis.lookup import Lookup, Policy, embed, find, take_vector
+from langchain_aegis.lookup import Lookup, Policy, Work, embed, find, take_vector
 from langchain_aegis.notices import warn_once
-from langchain_aegis.scope import current, who
+from langchain_aegis.reports import lookup_id
+from langchain_aegis.results import CacheStats
+from langchain_aegis.scope import current, tenants_named, who
+from langchain_aegis.scopes_seen import ScopesSeen
+from langchain_aegis.shadow import Shadow
+from langchain_aegis.stamps import note_lookup
 from langchain_aegis.store import Store
-from langchain_aegis.vectors import pack
-from langchain_aegis.verification import thresholds
+from langchain_aegis.vectors import pack, similarities
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class Counts:
-    """What happened so far, by code."""
-
-    tiers: Counter[str] = field(default_factory=Counter)
-    reasons: Counter[str] = field(default_factory=Counter)
-    not_stored: Counter[str] = field(default_factory=Counter)
-    stored: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +63,14 @@ class Engine:
         self.options = options
         self.embedder = embedder
         self.counts = Counts()
+        self.scopes = ScopesSeen()
+        self.shadow = Shadow(options.shadow_rate) if options.shadow_rate else None
         self.lock = threading.Lock()
         self._opened: tuple[Keyring, Store] | None = None
         self._seen_tenant = False
+        self.calibration: Calibration | None = None  # of this embedder, once it is made
+        self.wake_sweeper: Callable[[], None] = lambda: None
+        self._named_before = tenants_named()
         self._identity = object()  # unlike id(self), never another engine's after this one is gone
 
     @property
@@ -87,6 +88,19 @@ class Engine:
         """Records that were damaged, forged, or of somebody else."""
         return self._opened[1].rejected if self._opened is not None else 0
 
+    def scopes_noticed(self) -> str:
+        """Return what was noticed about the scopes of this process's calls, or ""."""
+        summary = self.scopes.summary()
+        if summary is None or not summary.remedies:
+            return ""
+        return f"{summary.once:.0%} of {summary.scopes} scopes were seen once: {'; '.join(summary.remedies)}"
+
+    def stats(self) -> CacheStats:
+        """Return what happened so far."""
+        counted = self.counts.snapshot()
+        values = {f.name: getattr(counted, f.name) for f in fields(counted)}
+        return CacheStats(**values, rejected=self.rejected, scopes=self.scopes_noticed())
+
     # -- one call -------------------------------------------------------------------------------------------------
 
     def key_of(self, prompt: str, llm_string: str) -> tuple[Key, Who] | None:
@@ -95,41 +109,55 @@ class Engine:
         return None if told is None else self._keyed(prompt, llm_string, told)
 
     def _keyed(self, prompt: str, llm_string: str, told: Who) -> tuple[Key, Who] | None:
+        key = self.locate(prompt, llm_string, told)
+        if isinstance(key, Key):
+            return key, told
+        if key == "unnamed_model":
+            warn_once(
+                "unnamed_model",
+                "this model's cache key names no model, so answers of different models would mix (plain ChatOllama is "
+                "such a one): nothing is cached. Use ChatAegis, or AegisSemanticCache(allow_unnamed_models=True)",
+            )
+        self.counts.bypassed(key)
+        return None
+
+    def locate(self, prompt: str, llm_string: str, told: Who) -> Key | str:
+        """Return where the answer belongs, or the reason why the cache is not used."""
         key = self.keyring.for_prompt(prompt, llm_string, told, current().question)
         if isinstance(key, Declined):
-            if key.reason == "unnamed_model":
-                warn_once(
-                    "unnamed_model",
-                    "this model's cache key names no model, so answers of different models would mix (plain ChatOllama "
-                    "is such a one): nothing is cached. Use ChatAegis, or AegisSemanticCache("
-                    "allow_unnamed_models=True)",
-                )
-            self._bypassed(key.reason)
-            return None
-        if self.options.bypass(key.question if key.question is not None else prompt):
-            self._bypassed("bypass")
-            return None
-        return key, told
+            return key.reason
+        return "bypass" if self.options.bypass(key.question if key.question is not None else prompt) else key
 
     def pipeline_key(self, question: str, pipeline: str, version: str) -> Key | None:
         """Return where a pipeline's answer belongs, or None if the cache must not be used."""
-        told = self._who()
-        if told is None:
+        if (told := self._who()) is None:
             return None
+        key = self.locate_pipeline(question, pipeline, version, told)
+        if isinstance(key, Key):
+            return key
+        self.counts.bypassed(key)
+        return None
+
+    def locate_pipeline(self, question: str, pipeline: str, version: str, told: Who) -> Key | str:
+        """Return where a pipeline's answer belongs, or the reason why the cache is not used."""
         if self.options.bypass(question):
-            self._bypassed("bypass")
-            return None
+            return "bypass"
         return self.keyring.for_pipeline(question, told, pipeline=pipeline, version=version)
 
     def find(self, key: Key) -> Flow[Lookup]:
-        """Look `key` up; only learns the epochs where an answer must not be served."""
+        """Look `key` up; a refresh only sees to it that no earlier answer is kept."""
         serve = current().cache != "refresh"
-        found = yield from find(self.store, key, self._policy(), _now_ms(), self.keyring.profile_key, serve=serve)
-        if found.epochs is not None and found.epochs.tenanted:
-            self._seen_tenant = True
+        found = yield from find(self.store, key, self.policy(), now_ms, self.keyring.profile_key, serve=serve)
+        note_lookup(found.epochs.stamp() if found.epochs is not None else "")
+        if found.epochs is not None:
+            self._seen_tenant = self._seen_tenant or found.epochs.tenanted
+            if found.epochs.trash:
+                self.wake_sweeper()
         if self._tenant_missing(key.tenanted):
             found.record, found.tier, found.similarity, found.epochs = None, "miss", None, None
             found.reasons = ("no_tenant",)
+        if key.scope and found.tier != "exact":
+            self.scopes.saw(key.scope, key.fields)
         return found
 
     def finish(self, found: Lookup) -> list[Generation] | None:
@@ -139,6 +167,24 @@ class Engine:
     def finish_value(self, found: Lookup) -> tuple[Literal[True], Any] | None:
         """Return (True, value) if a pipeline's answer is served."""
         return self._served(found, entries.decode_value)
+
+    def stale_value(self, found: Lookup) -> tuple[Literal[True], Any] | None:
+        """Return (True, value) if making an answer failed and an old one may be served instead."""
+        return self._served(found, entries.decode_value) if self._take_stale(found) else None
+
+    def stale_answer(self, prompt: str, llm_string: str) -> list[Generation] | None:
+        """Return the old answer that the lookup of this call has seen, if it may stand in for the model's."""
+        told = self.caller()
+        found = self._recall(prompt, llm_string, told) if isinstance(told, Who) else None
+        if found is None or not self._take_stale(found):
+            return None
+        return self._served(found, entries.decode_answer)
+
+    def _take_stale(self, found: Lookup) -> bool:
+        if found.stale is None or now_ms() >= found.stale.fresh_ms + self.options.stale_if_error_ms:
+            return False
+        found.record, found.tier, found.similarity = found.stale, "exact", 1.0
+        return True
 
     def remember(self, prompt: str, llm_string: str, told: Who, found: Lookup) -> None:
         """Keep a lookup for the update that follows in the same context."""
@@ -152,89 +198,94 @@ class Engine:
         """Store the answer of a call, if it may be."""
         if current().cache == "off":
             return
-        if reason := entries.refusal(generations):
-            return self._not_stored(reason)
         if (told := self._who()) is None:
             return
         found = self._recall(prompt, llm_string, told)
+        if reason := entries.refusal(generations):
+            return (yield from self.give_up(found, reason))
         if found is None:  # an update without a lookup: the answer comes from elsewhere, and counts from now
             if (keyed := self._keyed(prompt, llm_string, told)) is None:
                 return
             key = keyed[0]
             found = Lookup(key)
             try:
-                found.epochs = yield from self.store.epochs(key.things)
+                _, found.epochs = yield from self.store.read(key.exact, key.things, tenant=key.tenant, user=key.user)
             except Unavailable as exc:
-                return self._not_stored(exc.reason)
+                return self.counts.not_stored(exc.reason)
+            if found.epochs is not None and found.epochs.opted_out:
+                return self.counts.not_stored("opted_out")
             if self._tenant_missing(key.tenanted):
-                return self._not_stored("no_tenant")
+                return self.counts.not_stored("no_tenant")
             if key.question is not None and not self.embedder.missing:
-                yield from embed(found, self._policy(), self.keyring.profile_key)
+                yield from embed(found, self.policy(), self.keyring.profile_key)
         try:
             answer = entries.encode_answer(generations)
         except (TypeError, ValueError):
-            return self._not_stored("not_json")
-        by_meaning = len(generations) == 1 and not entries.calls_tools(generations)
-        yield from self._store(found, answer, by_meaning=by_meaning, digest=_model_digest(generations))
+            return (yield from self.give_up(found, "not_json"))
+        negative = self.options.negative(generations[0].text)
+        by_meaning = len(generations) == 1 and not entries.calls_tools(generations) and not negative
+        digest = _model_digest(generations)
+        yield from self._store(found, answer, by_meaning=by_meaning, digest=digest, negative=negative)
 
-    def store_value(self, found: Lookup, value: Any) -> Flow[None]:
+    def store_value(self, found: Lookup, value: Any, *, negative: bool = False) -> Flow[None]:
         """Store a pipeline's answer, if it may be."""
-        messages = [m for m in (value if isinstance(value, list) else [value]) if isinstance(m, AIMessage)]
-        if value is None or value in ("", [], {}):
-            return self._not_stored("empty")
+        messages = entries.messages_in(value)
+        if not negative and (value is None or value in ("", [], {})):
+            return (yield from self.give_up(found, "empty"))
         if messages and (reason := entries.refusal([ChatGeneration(message=m) for m in messages])):
-            return self._not_stored(reason)
+            return (yield from self.give_up(found, reason))
         try:
             answer = entries.encode_value(value)
         except (TypeError, ValueError):
             warn_once(
                 "pipeline_value", "a pipeline returned neither text, messages nor plain JSON: its answers are not kept"
             )
-            return self._not_stored("not_json")
-        yield from self._store(found, answer, by_meaning=not any(m.tool_calls for m in messages), digest="")
+            return (yield from self.give_up(found, "not_json"))
+        if not negative and isinstance(value, str):
+            negative = self.options.negative(value)
+        by_meaning = not negative and not any(m.tool_calls for m in messages)
+        yield from self._store(found, answer, by_meaning=by_meaning, digest="", negative=negative)
 
-    def invalidation(
-        self, sources: Collection[str] | None, tenant: str | None, user: str | None
-    ) -> tuple[list[str], list[list[str]]]:
-        """Return the things to invalidate and the groups of sets whose entries are to be removed.
-
-        Raises:
-            AegisConfigError: Nothing that can be invalidated was named.
-        """
-        if isinstance(sources, str):
-            raise AegisConfigError("sources must be a collection of ids; write sources=[id]")
-        for name, value in (("tenant", tenant), ("user", user), *(("a source", s) for s in sources or ())):
-            if value is not None and (not isinstance(value, str) or not value.strip()):
-                raise AegisConfigError(f"{name} must be a text that is not blank, got {value!r}")
-        thing = self.keyring.thing
-        if sources is not None and user is None:
-            if tenant is None:
-                names = [thing("source", s) for s in sources]
-                return names, [[n] for n in names]
-            mine = thing("tenant", tenant)
-            pairs = [(thing("tenant-source", mine, s), thing("source", s)) for s in sources]
-            return [p[0] for p in pairs], [[p[1], mine] for p in pairs]
-        if sources is None and tenant is not None and user is not None:
-            return [thing("tenant-user", tenant, user)], [[thing("user", user), thing("tenant", tenant)]]
-        if sources is None and (tenant is not None or user is not None):
-            name = thing("tenant", tenant) if tenant is not None else thing("user", user)
-            return [name], [[name]]
-        raise AegisConfigError(
-            "invalidate by sources, tenant, user, tenant and user, or tenant and sources; or clear()"
-        )
+    def give_up(self, found: Lookup | None, reason: str) -> Flow[None]:
+        """Note that an answer is not kept; whoever waits for it need not any longer."""
+        self.counts.not_stored(reason)
+        if found is not None and found.fence:
+            with contextlib.suppress(Unavailable):
+                yield from self.store.release(found.key.exact, found.fence)
 
     def min_similarity(self) -> tuple[str, float]:
         """Return the embedder's name and the lowest cosine that is served with it."""
         name = self.embedder.name or ""
-        if self.options.min_similarity is not None:
-            return name, self.options.min_similarity
-        value, known = thresholds(name, self.options.settings.mode)
-        if not known:
-            warn_once(
-                f"uncalibrated:{name}",
-                f"no threshold was calibrated for the embedder {name!r}: {value} is used; min_similarity= sets another",
-            )
-        return name, value
+        value = self.options.min_similarity
+        if value is None:
+            value, known = thresholds(name, self.options.settings.mode, self.calibration)
+            if not known:
+                warn_once(
+                    f"uncalibrated:{name}",
+                    f"no threshold was calibrated for the embedder {name!r}: {value} is used. Run `aegis cache "
+                    "calibrate`; min_similarity= sets another",
+                )
+        tightening = self.shadow.tightening if self.shadow is not None else 0.0
+        return name, min(max(value, 0.99), value + tightening) if tightening else value
+
+    def policy(self, **changes: Any) -> Policy:
+        """Return how near is near enough."""
+        o = self.options
+        return replace(
+            Policy(
+                semantic=not self.embedder.missing,
+                embedder=self.min_similarity,
+                k=o.k,
+                guards_off=o.guards_off,
+                budget_s=o.settings.op_budget_s,
+                grey=o.grey if o.verifies else None,
+                touch=o.max_entries_per_tenant is not None,
+                revalidate_ms=o.stale_while_revalidate_ms,
+                lease_ms=o.lease_ms,
+                wait_s=o.lease_wait_s,
+            ),
+            **changes,
+        )
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
@@ -248,43 +299,42 @@ class Engine:
                         load_secret(o.settings), namespace=o.settings.namespace,
                         share_within_tenant=o.share_within_tenant,
                         scope_ignore=o.scope_ignore, find_question=o.find_question,
-                        allow_unnamed_models=o.allow_unnamed_models,
+                        allow_unnamed_models=o.allow_unnamed_models, labels=o.labels, chunks=o.chunks,
                     )  # fmt: skip
                     opened = keyring, Store(o.settings.namespace, keyring.mac_key, keyring.fingerprint)
                     self._opened = opened
         return opened
 
-    def _policy(self) -> Policy:
-        return Policy(
-            semantic=not self.embedder.missing,
-            embedder=self.min_similarity,
-            k=self.options.k,
-            guards_off=self.options.guards_off,
-            budget_s=self.options.settings.op_budget_s,
-        )
-
     def _who(self) -> Who | None:
         """Return whose call it is, or None if the cache must not be used for it."""
+        told = self.caller()
+        if isinstance(told, Who):
+            return told
+        self.counts.bypassed(told)
+        return None
+
+    def caller(self) -> Who | str:
+        """Return whose call it is, or the reason why the cache must not be used for it."""
         if not self.options.settings.cache_enabled or current().cache == "off":
-            self._bypassed("off")
-            return None
+            return "off"
         try:
             tenant, user = who(self.options.settings.tenant_key, self.options.settings.user_key)
         except AegisConfigError as exc:
             warn_once(
                 "bad_identity", f"a call names a tenant or user that cannot be used ({exc}); it bypasses the cache"
             )
-            self._bypassed("bad_identity")
-            return None
+            return "bad_identity"
         if self._tenant_missing(tenant is not None):
-            self._bypassed("no_tenant")
-            return None
+            return "no_tenant"
         self._seen_tenant = self._seen_tenant or tenant is not None
         return Who(tenant=tenant, user=user, task=current().task)
 
     def _tenant_missing(self, tenanted: bool) -> bool:
         required = self.options.require_tenant
-        if tenanted or required is False or (required == "auto" and not self._seen_tenant):
+        if tenanted or required is False:
+            return False
+        # "auto": a scope with a tenant anywhere in this process counts too: this call may have lost its own on the way.
+        if required == "auto" and not self._seen_tenant and tenants_named() == self._named_before:
             return False
         warn_once(
             "no_tenant",
@@ -295,25 +345,45 @@ class Engine:
 
     def _served(self, found: Lookup, decode: Callable[..., T | None]) -> T | None:
         answer: T | None = None
+        if found.tier == "semantic" and self.shadow is not None and not self.options.dry_run and self.shadow.draw():
+            found.shadowed, found.record = found.record, None
+            found.tier, found.similarity, found.reasons = "miss", None, ("shadow",)
         if found.record is not None:
+            record = found.record
+            found.lookup_id = lookup_id(self.keyring.mac_key, found.key.exact, record.key)
             marks = {
                 "tier": found.tier,
                 "similarity": round(found.similarity or 0.0, 4),
-                "age_s": round(max(0, _now_ms() - found.record.created_ms) / 1000, 3),
-                "lookup_id": uuid.uuid4().hex,
+                "age_s": round(max(0, now_ms() - record.created_ms) / 1000, 3),
+                "lookup_id": found.lookup_id,
             }
-            answer = decode(found.record.answer, marks=marks)
+            if record is found.stale:
+                marks["stale"] = True
+            if record.negative:
+                marks["negative"] = True
+            answer = decode(record.answer, marks=marks)
             if answer is None:
                 found.record, found.tier, found.similarity, found.reasons = None, "miss", None, ("unreadable",)
-        with self.lock:
-            self.counts.tiers[found.tier] += 1
-            self.counts.reasons.update(found.reasons)
+            elif (sources := current().sources) is not None and record.src:
+                sources.inherit(record.src)
+        self._count(found, answer)
         if self.options.on_lookup is not None:
             try:
                 self.options.on_lookup(found)
             except Exception as exc:  # somebody else's code must not cost the user his call
                 warn_once("on_lookup", f"on_lookup raised {type(exc).__name__}")
         return None if self.options.dry_run else answer
+
+    def _count(self, found: Lookup, answer: object) -> None:
+        seconds = time.perf_counter() - found.started
+        task = found.key.task
+        if found.record is None:
+            best = max((c for c in found.candidates if c.reasons), key=lambda c: c.similarity, default=None)
+            nearest = (best.similarity, best.reasons[0]) if best is not None else None
+            self.counts.miss(found.reasons, seconds, nearest=nearest, task=task)
+            return
+        tier = "stale" if found.record is found.stale else found.tier
+        self.counts.hit(tier, seconds, cost=cost_of(answer), task=task)
 
     def _recall(self, prompt: str, llm_string: str, told: Who) -> Lookup | None:
         for pending in _pending.get():
@@ -327,51 +397,77 @@ class Engine:
                 return pending.found
         return None
 
-    def _store(self, found: Lookup, answer: bytes, *, by_meaning: bool, digest: str) -> Flow[None]:
+    def _store(self, found: Lookup, answer: bytes, *, by_meaning: bool, digest: str, negative: bool) -> Flow[None]:
         key, o = found.key, self.options
+        started = time.perf_counter()
+        if found.shadowed is not None and self.shadow is not None:
+            yield from self._compare(found.shadowed.answer, answer, self.shadow)
         if found.epochs is None:  # not known since when nothing was invalidated: it could be outdated already
-            return self._not_stored(found.reasons[0] if found.reasons else "redis_down")
+            return self.counts.not_stored(found.reasons[0] if found.reasons else "redis_down")
         if len(answer) > o.settings.max_entry_bytes:
-            return self._not_stored("too_large")
+            return (yield from self.give_up(found, "too_large"))
         if not found.vector and found.late is not None and found.late.done() and not found.late.cancelled():
-            take_vector(found, None if found.late.exception() else pack(found.late.result()), self._policy(),
+            take_vector(found, None if found.late.exception() else pack(found.late.result()), self.policy(),
                         self.keyring.profile_key)  # fmt: skip
+        record, things = self._record(found, answer, by_meaning=by_meaning, digest=digest, negative=negative)
+        try:
+            reply = yield from self.store.put(
+                record, things=things, now_ms=record.created_ms, tenanted=key.tenanted,
+                max_entries=o.max_entries_per_tenant, fence=found.fence,
+            )  # fmt: skip
+        except Unavailable as exc:
+            return self.counts.not_stored(exc.reason)
+        if reply != "stored":
+            return (yield from self.give_up(found, reply))
+        self.counts.stored(time.perf_counter() - started)
+
+    def _compare(self, old: bytes, new: bytes, shadow: Shadow) -> Flow[None]:
+        """Note whether a hit that was drawn for checking would have been right."""
+        try:
+            agrees = yield Work(partial(self.options.compare_answers, old, new, similar=self._similar))
+        except Exception as exc:  # the user's own rule may raise anything
+            warn_once("compare_answers", f"compare_answers raised {type(exc).__name__}: nothing is known of that hit")
+            return
+        shadow.compared(agrees)
+        if agrees is not None:
+            self.counts.checked(wrong=not agrees)
+
+    def _similar(self, one: str, other: str) -> float:
+        """Return the cosine of two answers; blocks."""
+        vectors = [pack(vector) or b"" for vector in self.embedder.get().embed_documents([one, other])]
+        return similarities(vectors[0], vectors[1:])[0]
+
+    def _record(
+        self, found: Lookup, answer: bytes, *, by_meaning: bool, digest: str, negative: bool
+    ) -> tuple[entries.Record, list[str]]:
+        """Return what is stored, and everything whose invalidation concerns it."""
+        key, o, epochs = found.key, self.options, found.epochs
+        assert epochs is not None  # noqa: S101  # the caller has looked
         by_meaning = by_meaning and bool(found.vector) and found.profile is not None
         scope, thing = current(), self.keyring.thing
         ids = sorted(scope.sources.ids()) if scope.sources is not None else []
         sources = [thing("source", s) for s in ids]
         extra = [thing("tenant-source", key.tenant, s) for s in ids]
+        if scope.sources is not None:  # made from other kept answers: it goes with their documents, too
+            inherited = scope.sources.inherited() - {*sources, *extra}
+            sources += sorted(name for name in inherited if name.startswith("source:"))
+            extra += sorted(name for name in inherited if not name.startswith("source:"))
         if o.share_within_tenant:  # another user may be served this: his lookup does not ask for this one's epochs
             extra += [t for t in key.things if t.startswith(("user:", "tenant-user:"))]
-        ttl_s = scope.ttl_s or o.ttl_by_task.get(key.task) or o.settings.ttl_s
-        now_ms = _now_ms()
+        ttl_s = o.negative_ttl_s if negative else scope.ttl_s or o.ttl_by_task.get(key.task) or o.settings.ttl_s
+        created_ms = now_ms()
+        fresh_ms = created_ms + int(ttl_s * 1000)
+        stale_ms = 0 if negative else max(o.stale_while_revalidate_ms, o.stale_if_error_ms)
         record = entries.Record(
             key=key.exact, scope=key.scope if by_meaning else "", emb=found.embedder if by_meaning else "",
-            digest=digest,
-            created_ms=now_ms, expires_ms=now_ms + int(ttl_s * 1000), epochs=found.epochs.stamp(), answer=answer,
+            fields=",".join(f"{name}={value}" for name, value in key.fields().items()), digest=digest,
+            created_ms=created_ms, fresh_ms=fresh_ms if stale_ms else 0, expires_ms=fresh_ms + stale_ms,
+            epochs=epochs.stamp(), answer=answer, negative=negative,
             profile=found.profile.encode() if by_meaning and found.profile is not None else b"",
-            vec=found.vector if by_meaning else b"", src=tuple(sources + extra), task=key.task,
-            question=(key.question or "") if o.keep_questions else "",
+            vec=found.vector if by_meaning else b"", src=tuple(sources + extra), sets=(*key.sets, *sources),
+            task=key.task, question=(key.question or "") if o.keep_questions else "",
         )  # fmt: skip
-        sets = [key.tenant, *([key.user] if key.user is not None else []), *sources]
-        try:
-            reply = yield from self.store.put(
-                record, things=[*key.things, *sources, *extra], sets=sets, now_ms=now_ms, tenanted=key.tenanted
-            )
-        except Unavailable as exc:
-            return self._not_stored(exc.reason)
-        if reply != "stored":
-            return self._not_stored(reply)
-        with self.lock:
-            self.counts.stored += 1
-
-    def _bypassed(self, reason: str) -> None:
-        with self.lock:
-            self.counts.reasons[reason] += 1
-
-    def _not_stored(self, reason: str) -> None:
-        with self.lock:
-            self.counts.not_stored[reason] += 1
+        return record, [*key.things, *sources, *extra]
 
 
 def _model_digest(generations: Sequence[Generation]) -> str:
@@ -381,5 +477,6 @@ def _model_digest(generations: Sequence[Generation]) -> str:
     return ""
 
 
-def _now_ms() -> int:
+def now_ms() -> int:
+    """Return the unix time in milliseconds."""
     return time.time_ns() // 1_000_000

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal
 
+from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, Generation
 
@@ -184,15 +185,13 @@ def decode_answer(data: bytes, *, marks: Mapping[str, Any] | None = None) -> lis
 
 
 def encode_value(value: Any) -> bytes:
-    """Write a pipeline's answer: a text, a message, a list of messages, or JSON. Raises TypeError or ValueError."""
-    if isinstance(value, AIMessage):
-        return dumps({"kind": "message", "item": _message_fields(value)}, sort=False)
-    if isinstance(value, BaseMessage) or (isinstance(value, list) and any(isinstance(v, BaseMessage) for v in value)):
-        if isinstance(value, list) and all(isinstance(v, AIMessage) for v in value):
-            return dumps({"kind": "messages", "items": [_message_fields(v) for v in value]}, sort=False)
-        raise TypeError("only the model's own messages can be kept")
-    data = dumps({"kind": "value", "item": value}, sort=False)
-    if loads(data)["item"] != value:
+    """Write a pipeline's answer: JSON that may hold messages of the model and documents at any depth.
+
+    Raises TypeError or ValueError if it holds anything else.
+    """
+    item = _tree(value)
+    data = dumps({"kind": "value", "item": item}, sort=False)
+    if loads(data)["item"] != item:
         raise TypeError("the value is not plain JSON: it would come back changed")
     return data
 
@@ -201,16 +200,51 @@ def decode_value(data: bytes, *, marks: Mapping[str, Any] | None = None) -> tupl
     """Return (True, value), or None if `data` holds no value."""
     try:
         document = loads(data)
-        kind = document["kind"]
-        if kind == "value":
-            return True, document["item"]
-        if kind == "message":
-            return True, _revived_message(document["item"], marks)
-        if kind == "messages":
-            return True, [_revived_message(item, marks) for item in document["items"]]
+        return (True, _grown(document["item"], marks)) if document["kind"] == "value" else None
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return None
-    return None
+
+
+def messages_in(value: Any) -> list[AIMessage]:
+    """Return the model's messages that a pipeline's answer holds."""
+    if isinstance(value, AIMessage):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [m for v in value for m in messages_in(v)] if isinstance(value, (list, tuple)) else []
+
+
+_TAG = "__aegis__"  # marks what is no plain JSON; a value that holds this name itself is not kept
+
+
+def _tree(value: Any) -> Any:
+    """Return `value` with messages and documents as plain JSON."""
+    if isinstance(value, AIMessage):
+        return {_TAG: "message", "item": _message_fields(value)}
+    if isinstance(value, Document):
+        return {_TAG: "document", "item": [value.page_content, _tree(value.metadata), value.id]}
+    if isinstance(value, BaseMessage):
+        raise TypeError("only the model's own messages can be kept")
+    if isinstance(value, dict):
+        if _TAG in value:
+            raise TypeError(f"a value must not have the name {_TAG}")
+        return {name: _tree(v) for name, v in value.items()}
+    return [_tree(v) for v in value] if type(value) is list else value
+
+
+def _grown(item: Any, marks: Mapping[str, Any] | None) -> Any:
+    if isinstance(item, list):
+        return [_grown(i, marks) for i in item]
+    if not isinstance(item, dict):
+        return item
+    if (kind := item.get(_TAG)) is None:
+        return {name: _grown(v, marks) for name, v in item.items()}
+    if kind == "message":
+        return _revived_message(item["item"], marks)
+    if kind == "document":
+        text, metadata, identity = item["item"]
+        return Document(text, metadata=_grown(metadata, marks), id=identity)
+    raise ValueError(f"unknown kind {kind!r}")
 
 
 def _plain(generation: Generation) -> dict[str, Any]:

@@ -5,10 +5,11 @@ A fault of Redis or of the embedder never leaves this module: it is a miss with 
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from langchain_aegis.breaker import Unavailable
 from langchain_aegis.embedder import embedder_id
@@ -19,12 +20,36 @@ from langchain_aegis.store import Epochs, Near, Store
 from langchain_aegis.vectors import pack
 from langchain_aegis.verification import Profile, compare, profile
 
+AGREES: Final = 0.5  # of a verifier: from here on one answer serves both questions
+
 
 @dataclass(frozen=True, slots=True)
 class Embed:
     """Ask the embedder for one text's vector; answered by a sequence of numbers."""
 
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    """Ask the verifier whether one answer serves both questions; answered by a number in [0, 1]."""
+
+    cached: str
+    new: str
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Do what takes some milliseconds of CPU, off an event loop; answered by what it returns."""
+
+    do: Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Let some time pass."""
+
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +63,13 @@ class Policy:
         guards_off: Guards that are switched off.
         budget_s: Time for all that is asked of Redis.
         model_digest: The model's digest if it is known, else "".
+        grey: Returns, for the lowest cosine that is served, the cosines between which the verifier must agree; None
+            if there is no verifier.
+        touch: Whether the time of a hit is noted, for the bound of entries per tenant.
+        revalidate_ms: How long an answer is served when it is stale already, while one caller renews it.
+        lease_ms: How long this process may generate alone while others wait for its answer; 0 if they need not.
+        wait_s: How long another process's answer is waited for.
+        judge_all: Judge every candidate, also after one may serve.
     """
 
     semantic: bool
@@ -46,6 +78,12 @@ class Policy:
     guards_off: frozenset[str]
     budget_s: float
     model_digest: str = ""
+    grey: Callable[[float], tuple[float, float]] | None = None
+    touch: bool = False
+    revalidate_ms: int = 0
+    lease_ms: int = 0
+    wait_s: float = 0.0
+    judge_all: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +95,14 @@ class Candidate:
         similarity: Cosine, in [-1, 1].
         reasons: Why it may not answer; empty for the one that was served.
         question: Its text, if questions are kept.
+        created_ms: Unix time in milliseconds.
     """
 
     key: str
     similarity: float
     reasons: tuple[str, ...]
     question: str = ""
+    created_ms: int = 0
 
 
 @dataclass(slots=True)
@@ -81,6 +121,13 @@ class Lookup:
         embedder: Id of the embedder that made it, or "".
         late: A future of a vector that came too late for the lookup; the update may still use it.
         profile: The question's profile, or None.
+        min_similarity: The lowest cosine that is served with this embedder; 0.0 while it is not known.
+        stale: An exact repeat's answer that is too old to be served.
+        shadowed: An answer that would have been served, and is compared with the model's instead.
+        fence: Number of the lease under which this process generates alone, or 0.
+        lookup_id: Names this hit, for `cache.report_wrong`; "" for a miss.
+        started: When the lookup began, by `time.perf_counter`.
+        asked_s: How long the exact read took.
     """
 
     key: Key
@@ -94,11 +141,17 @@ class Lookup:
     embedder: str = ""
     late: Any = None
     profile: Profile | None = None
+    min_similarity: float = 0.0
+    stale: Record | None = None
+    shadowed: Record | None = None
+    fence: int = 0
+    lookup_id: str = ""
     started: float = field(default_factory=time.perf_counter)
+    asked_s: float = 0.0
 
 
 def find(
-    store: Store, key: Key, policy: Policy, now_ms: int, profile_key: bytes, *, serve: bool = True
+    store: Store, key: Key, policy: Policy, now_ms: Callable[[], int], profile_key: bytes, *, serve: bool = True
 ) -> Flow[Lookup]:
     """Decide which stored answer, if any, serves `key`.
 
@@ -106,88 +159,144 @@ def find(
         store: Where to look.
         key: What is asked.
         policy: How near is near enough.
-        now_ms: Unix time in milliseconds.
+        now_ms: Returns the unix time in milliseconds.
         profile_key: Keys the words in the guards' profiles.
-        serve: False: only learn the epochs, for a refresh.
+        serve: False: serve nothing, and see to it that no answer whose making has begun already is kept.
     """
     found = Lookup(key)
-    asked = time.perf_counter()
     try:
-        record, found.epochs = yield from store.read(key.exact, key.things)
+        if not serve:
+            found.epochs = yield from store.refresh(key.exact, key.things)
+            if key.question is not None and policy.semantic:  # the new answer shall be found by meaning, too
+                yield from embed(found, policy, profile_key)
+            found.reasons = ("refresh",)
+            return found
+        yield from _exact(found, store, policy, now_ms())
+        if found.record is not None or found.reasons:
+            return found
+        yield from _by_meaning(found, store, policy, now_ms(), profile_key)
+        if found.record is None and policy.lease_ms and found.epochs is not None:
+            yield from _alone(found, store, policy, now_ms)
     except Unavailable as exc:
-        found.reasons = (exc.reason,)
-        return found
-    spent_s = time.perf_counter() - asked
-    if not serve:
-        found.reasons = ("refresh",)
-        return found
-    if record is not None and _current(record, now_ms, policy):
-        found.record, found.tier, found.similarity = record, "exact", 1.0
-        return found
-    if key.question is None or not policy.semantic:
-        found.reasons = (key.exact_only or "no_embedder",)
-        return found
-    min_similarity = yield from embed(found, policy, profile_key)
-    if not found.vector or found.epochs is None:
-        found.reasons = found.reasons or ("redis_down",)
-        return found
-    if spent_s > policy.budget_s / 2:
-        found.reasons = ("redis_slow",)  # a second question to a slow Redis would exceed the budget
-        return found
-    try:
-        nearest = yield from store.nearest(
-            key.scope, found.embedder, found.vector, policy.k, found.epochs, max(1, int(policy.budget_s * 500))
-        )
-    except Unavailable as exc:
-        found.reasons = (exc.reason,)
-        return found
-    _judge(found, nearest, now_ms, policy, min_similarity)
+        found.record, found.tier, found.similarity, found.reasons = None, "miss", None, (exc.reason,)
     return found
 
 
-def embed(found: Lookup, policy: Policy, profile_key: bytes) -> Flow[float]:
-    """Fill in the question's vector and profile; returns the lowest cosine that is served with this embedder."""
+def _exact(found: Lookup, store: Store, policy: Policy, now_ms: int) -> Flow[None]:
+    """Serve an exact repeat; a reason is noted only where nothing further is to be asked."""
+    key = found.key
+    asked = time.perf_counter()
+    record, found.epochs = yield from store.read(
+        key.exact, key.things, tenant=key.tenant, user=key.user, touch_ms=now_ms if policy.touch else 0
+    )
+    found.asked_s = time.perf_counter() - asked
+    if found.epochs is not None and found.epochs.opted_out:
+        found.epochs, found.reasons = None, ("opted_out",)  # nothing is kept of this user
+    elif record is None or not _current(record, now_ms, policy):
+        return
+    elif _fresh(record, now_ms):
+        found.record, found.tier, found.similarity = record, "exact", 1.0
+    else:
+        found.stale = record
+        if now_ms < record.fresh_ms + policy.revalidate_ms:
+            found.fence = yield from store.lease(key.exact, policy.lease_ms or 60_000)
+            if found.fence:
+                found.reasons = ("stale_revalidate",)
+            else:
+                found.record, found.tier, found.similarity = record, "exact", 1.0
+
+
+def _by_meaning(found: Lookup, store: Store, policy: Policy, now_ms: int, profile_key: bytes) -> Flow[None]:
+    key = found.key
+    if key.question is None or not policy.semantic:
+        found.reasons = (key.exact_only or "no_embedder",)
+        return
+    yield from embed(found, policy, profile_key)
+    if not found.vector or found.epochs is None:
+        found.reasons = found.reasons or ("redis_down",)
+    elif found.asked_s > policy.budget_s / 2:
+        found.reasons = ("redis_slow",)  # a second question to a slow Redis would exceed the budget
+    else:
+        nearest = yield from store.nearest(
+            key.scope, found.embedder, found.vector, policy.k, found.epochs, max(1, int(policy.budget_s * 500)),
+            asking=key.exact,
+        )  # fmt: skip
+        yield from judge(found, nearest.near, nearest.notes, store, policy, now_ms)
+        if policy.touch and found.record is not None:
+            yield from store.touch(found.record.key, key.tenant, now_ms)
+
+
+def _alone(found: Lookup, store: Store, policy: Policy, now_ms: Callable[[], int]) -> Flow[None]:
+    """Let one process generate, and wait for its answer, but not for ever."""
+    until, pause_s = time.monotonic() + policy.wait_s, 0.01
+    while not (fence := (yield from store.lease(found.key.exact, policy.lease_ms))):
+        if time.monotonic() >= until:
+            found.reasons = ("lease_wait",)
+            return
+        yield Wait(pause_s)
+        pause_s = min(0.25, pause_s * 1.5)
+        record, epochs = yield from store.read(found.key.exact, found.key.things, tenant=found.key.tenant)
+        if record is not None and _current(record, now_ms(), policy) and _fresh(record, now_ms()):
+            found.record, found.tier, found.similarity, found.reasons = record, "exact", 1.0, ()
+            return
+        found.epochs = epochs or found.epochs
+    found.fence = fence
+
+
+def embed(found: Lookup, policy: Policy, profile_key: bytes) -> Flow[None]:
+    """Fill in the question's vector and profile."""
     assert found.key.question is not None  # noqa: S101  # the caller has looked
     try:
         vector = pack((yield Embed(found.key.question)))
     except Unavailable as exc:
         found.reasons, found.late = (exc.reason,), exc.late
-        return 2.0
-    return take_vector(found, vector, policy, profile_key)
+        return
+    take_vector(found, vector, policy, profile_key)
 
 
-def take_vector(found: Lookup, vector: bytes | None, policy: Policy, profile_key: bytes) -> float:
-    """Note a vector, and the profile that is stored with it; returns the lowest cosine that is served."""
+def take_vector(found: Lookup, vector: bytes | None, policy: Policy, profile_key: bytes) -> None:
+    """Note a vector, and the profile that is stored with it."""
     if vector is None:
         found.reasons = ("bad_vector",)
-        return 2.0
-    name, min_similarity = policy.embedder()
+        return
+    name, found.min_similarity = policy.embedder()
     found.vector = vector
     found.embedder = embedder_id(name, len(vector) // 2)
     found.profile = profile(found.key.question or "", key=profile_key)
-    return min_similarity
 
 
-def _judge(found: Lookup, nearest: Sequence[Near], now_ms: int, policy: Policy, min_similarity: float) -> None:
+def judge(
+    found: Lookup, nearest: Sequence[Near], notes: Mapping[str, str], store: Store, policy: Policy, now_ms: int
+) -> Flow[None]:
     """Serve the most similar candidate that every check accepts."""
     candidates: list[Candidate] = []
+    lowest = policy.grey(found.min_similarity)[0] if policy.grey is not None else found.min_similarity
     for near in nearest:
-        reasons = _objections(near, found, now_ms, policy, min_similarity)
-        candidates.append(Candidate(near.record.key, near.similarity, reasons, near.record.question))
-        if not reasons:
-            found.record, found.tier, found.similarity = near.record, "semantic", near.similarity
-            break
+        noted = notes.get(near.record.key, "")
+        reasons = _objections(near, found, now_ms, policy, lowest, noted)
+        if not reasons and policy.grey is not None and near.similarity < policy.grey(found.min_similarity)[1]:
+            reasons = yield from _second_opinion(near, found, noted, store)
+        record = near.record
+        candidates.append(Candidate(record.key, near.similarity, reasons, record.question, record.created_ms))
+        if not reasons and found.record is None:
+            found.record, found.tier, found.similarity = record, "semantic", near.similarity
+            if not policy.judge_all:
+                break
     found.candidates = tuple(candidates)
     if found.record is None:
         found.reasons = candidates[0].reasons if candidates else ("no_candidate",)
 
 
-def _objections(near: Near, found: Lookup, now_ms: int, policy: Policy, min_similarity: float) -> tuple[str, ...]:
+def _objections(near: Near, found: Lookup, now_ms: int, policy: Policy, lowest: float, noted: str) -> tuple[str, ...]:
     # Written so that a similarity that is no number is refused.
-    if not near.similarity >= min_similarity:
+    if not near.similarity >= lowest:
         return ("below_threshold",)
     if not _current(near.record, now_ms, policy):
         return ("expired",)
+    if not _fresh(near.record, now_ms):
+        return ("stale",)
+    if noted == "x":
+        return ("reported",)
     assert found.profile is not None  # noqa: S101  # set before any candidate is asked for
     try:
         cached = Profile.decode(near.record.profile)
@@ -196,9 +305,29 @@ def _objections(near: Near, found: Lookup, now_ms: int, policy: Policy, min_simi
     return guard_codes(compare(cached, found.profile, off=policy.guards_off))
 
 
+def _second_opinion(near: Near, found: Lookup, noted: str, store: Store) -> Flow[tuple[str, ...]]:
+    """Return why the verifier is against this candidate; what it said about the pair before still holds."""
+    try:
+        score = float(noted)
+    except ValueError:
+        if not near.record.question:
+            return ("verifier_no_text",)
+        try:
+            score = yield Verify(near.record.question, found.key.question or "")
+        except Unavailable as exc:
+            return (exc.reason,)
+        with contextlib.suppress(Unavailable):
+            yield from store.note(found.key.exact, near.record.key, f"{score:.3f}")
+    return () if score >= AGREES else ("verifier",)
+
+
 def guard_codes(guards: Sequence[str]) -> tuple[str, ...]:
     """Return violated guards as reason codes."""
     return tuple(f"guard:{name}" for name in guards)
+
+
+def _fresh(record: Record, now_ms: int) -> bool:
+    return not record.fresh_ms or now_ms < record.fresh_ms
 
 
 def _current(record: Record, now_ms: int, policy: Policy) -> bool:

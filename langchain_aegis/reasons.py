@@ -54,10 +54,6 @@ _TEXTS: dict[Stage, dict[str, tuple[str, str]]] = {
             "LangChain handed over a prompt that cannot be read as messages.",
             "Report it with the version of langchain-core.",
         ),
-        "tool_results": (
-            "The messages hold a tool's result, which may not be true any more.",
-            "`AegisCacheMiddleware(allow_tool_results=True)` where results do not age.",
-        ),
     },
     "exact_only": {
         "opaque_model": (
@@ -121,8 +117,8 @@ _TEXTS: dict[Stage, dict[str, tuple[str, str]]] = {
         ),
         "expired": ("The entry is older than its TTL, or is of another version of the model.", "Raise `ttl_s`."),
         "stale": (
-            "The entry is past the time in which it counts as fresh, and a stale one may not be served here.",
-            "Allow stale answers, or raise `ttl_s`.",
+            "The near entry is past its TTL; stale answers are served on exact repeats only.",
+            "Raise `ttl_s`.",
         ),
         "stale_revalidate": (
             "A stale answer is there; this caller makes the new one while others get the stale one.",
@@ -130,9 +126,13 @@ _TEXTS: dict[Stage, dict[str, tuple[str, str]]] = {
         ),
         "no_profile": ("The entry was written by a version with other guards.", "Nothing: it expires."),
         "unreadable": ("The entry holds what this version cannot read.", "Nothing: it expires."),
+        "other_scope": (
+            "The call of the near entry differs in more than the question; only `explain` looks at such entries.",
+            "See which fields differ.",
+        ),
         "lease_wait": (
             "Another process makes this answer; it was waited for in vain.",
-            "Raise the bound of the wait if answers take longer than it.",
+            "Raise `lease_wait_s` if answers take longer than it.",
         ),
         "shadow": (
             "This hit was drawn for checking: the model is asked anyway, and both answers are compared.",
@@ -157,9 +157,13 @@ _TEXTS: dict[Stage, dict[str, tuple[str, str]]] = {
         "guard:topic": ("They have no word in common that carries meaning.", ""),
         "reported": ("This pair was reported as wrong before.", "Nothing: the note expires by itself."),
         "verifier": ("The second opinion says that the answer does not serve.", "Nothing, or another `verifier=`."),
+        "verifier_no_text": (
+            "The near entry was stored without its question, so there is nothing to ask a second opinion about.",
+            "Nothing: it was written by a cache without `verifier=`, and expires.",
+        ),
         "verifier_slow": (
             "The second opinion took longer than its budget, and without it nothing near is served.",
-            "Use a faster verifier, or raise its `budget_s`.",
+            "Use a faster verifier, or raise `verifier_budget_s`.",
         ),
         "verifier_failed": (
             "The second opinion failed, and without it nothing near is served.",
@@ -174,10 +178,6 @@ _TEXTS: dict[Stage, dict[str, tuple[str, str]]] = {
         ),
         "not_an_answer": ("What came back is no message of a model.", "Nothing."),
         "invalid_tool_calls": ("The model asked for a tool in a way that cannot be read.", "Nothing."),
-        "negative": (
-            "The answer says that there is none, and such answers are not kept here.",
-            "Give negative answers a TTL of their own.",
-        ),
         "too_large": ("The answer is larger than `max_entry_bytes`.", "Raise `max_entry_bytes`."),
         "not_json": (
             "The answer holds what JSON cannot.",

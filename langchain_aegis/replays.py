@@ -54,8 +54,7 @@ class StreamEntry:
     def __init__(
         self, cache: BaseCache, messages: Iterable[BaseMessage], llm_string: str, config: Mapping[str, Any] | None
     ) -> None:
-        # The same prompt that LangChain itself would look up.
-        self._prompt = dumps([m.model_copy(update={"id": None}) if m.id is not None else m for m in messages])
+        self._prompt = dumped(messages)
         self._cache = cache
         self._llm_string = llm_string
         self._config = config
@@ -109,6 +108,11 @@ class StreamEntry:
                 return await ask()
 
         return await asyncio.create_task(inside(), context=self._context)
+
+
+def dumped(messages: Iterable[BaseMessage]) -> str:
+    """Return the prompt under which LangChain itself would look `messages` up."""
+    return dumps([m.model_copy(update={"id": None}) if m.id is not None else m for m in messages])
 
 
 def freshen(generations: list[ChatGeneration], message_id: str, output_version: str | None) -> list[AIMessage]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from langchain_core.messages import AIMessage, BaseMessage
 
+from langchain_aegis.counts import Counted
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -16,10 +18,12 @@ class Answer:
     Attributes:
         value: What the caller gets: a text, messages, or plain JSON.
         sources: Ids of documents; `cache.invalidate(sources=...)` removes the answer with any of them.
+        negative: Nothing was found. Such an answer is kept for the cache's `negative_ttl_s` only.
     """
 
     value: Any
     sources: Collection[str] = ()
+    negative: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,31 +42,92 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class CacheStats:
+class Explained:
+    """A stored question that is near the one asked, and what speaks against serving its answer.
+
+    Attributes:
+        key: Exact key of its entry.
+        similarity: Cosine, in [-1, 1].
+        reasons: Codes of what speaks against it; empty if its answer may be served.
+        differing: Fields of the scope in which its call differed; None if there is no scope to compare with.
+        age_s: How old its answer is, in seconds.
+        question: Its text, if questions are kept.
+    """
+
+    key: str
+    similarity: float
+    reasons: tuple[str, ...]
+    differing: tuple[str, ...] | None
+    age_s: float
+    question: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What the cache would do with a call, and why.
+
+    Attributes:
+        decision: "exact", "semantic", "miss", or "bypass".
+        reasons: Codes of why it is no hit, and why only the exact tier was asked; empty for a hit.
+        question: The text that is matched by meaning, or None.
+        min_similarity: Lowest cosine that is served; None if no embedder was asked.
+        embedder: Name of the embedder, or None.
+        candidates: Near questions of this scope, nearest first, then those of other scopes.
+        meanings: For each reason: what it means and what can be done.
+        scopes: What was noticed about the scopes of this process's calls, or "".
+    """
+
+    decision: str
+    reasons: tuple[str, ...]
+    question: str | None
+    min_similarity: float | None
+    embedder: str | None
+    candidates: tuple[Explained, ...]
+    meanings: Mapping[str, str]
+    scopes: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One stored answer, without its text.
+
+    Attributes:
+        key: Exact key.
+        by_meaning: Whether paraphrases may be served it.
+        task: Name of the task, or "".
+        age_s: How old it is, in seconds.
+        ttl_s: For how long it is served yet, in seconds.
+        bytes: Size of the answer.
+        sources: How many documents it rests on.
+        question: Its text, if questions are kept.
+    """
+
+    key: str
+    by_meaning: bool
+    task: str
+    age_s: float
+    ttl_s: float
+    bytes: int
+    sources: int
+    question: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheStats(Counted):
     """What a cache has done in this process.
 
     Attributes:
-        exact_hits: Answered on an exact repeat.
-        semantic_hits: Answered by meaning.
-        misses: Not answered.
-        stored: Answers written.
-        reasons: Why lookups missed, by code.
-        not_stored: Why answers were not written, by code.
         rejected: Records that were damaged, forged, or of somebody else.
+        scopes: What was noticed about the scopes of this process's calls, or "".
     """
 
-    exact_hits: int
-    semantic_hits: int
-    misses: int
-    stored: int
-    reasons: Mapping[str, int]
-    not_stored: Mapping[str, int]
     rejected: int
+    scopes: str = ""
 
     @property
     def hit_rate(self) -> float:
         """Share of lookups that were answered, in [0, 1]."""
-        hits = self.exact_hits + self.semantic_hits
+        hits = self.exact_hits + self.semantic_hits + self.stale_hits
         return hits / (hits + self.misses) if hits + self.misses else 0.0
 
 

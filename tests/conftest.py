@@ -9,12 +9,15 @@ import shutil
 import signal
 import tempfile
 import time
+import uuid
 from pathlib import Path
 
 import hypothesis
 import pytest
+from caches import Driver, Words
 
 import langchain_aegis.embedded  # noqa: F401 - sets the environment of OpenMP and onnxruntime before they are loaded
+from langchain_aegis import AegisSemanticCache
 from langchain_aegis.embedded.redis import EmbeddedRedis, package_path
 
 # No wall clock decides in a test: on two busy cores any example may take longer than hypothesis expects.
@@ -144,3 +147,24 @@ async def loop_errors():
 def open_descriptors():
     """A function that returns how many descriptors this process has open."""
     return lambda: len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture(params=["blocking", "awaited"])
+def make_cache(request, redis_url):
+    """Makes drivers of caches in a namespace of their own."""
+    made = []
+
+    def make(url=redis_url, embeddings=None, **kwargs):
+        kwargs = {
+            "namespace": f"c{uuid.uuid4().hex[:8]}",
+            "min_similarity": 0.6,
+            "op_budget_s": 5,
+            "embed_budget_s": 10,
+            **kwargs,
+        }
+        made.append(Driver(AegisSemanticCache(url, embeddings or Words(), **kwargs), request.param == "awaited"))
+        return made[-1]
+
+    yield make
+    for driver in made:
+        driver.end()

@@ -4,86 +4,18 @@ import asyncio
 import threading
 import time
 import uuid
-from contextvars import copy_context
 
 import pytest
 import redis
-from langchain_core.caches import RETURN_VAL_TYPE
-from langchain_core.embeddings import Embeddings
+from caches import MODEL, Words, chat, prompt, text_of
 from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
-from langchain_core.load import dumps
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, SystemMessage
 from langchain_core.outputs import ChatGeneration, Generation
 
 from langchain_aegis import AegisSemanticCache, Answer, aegis_scope, aegis_sources, was_cached
-from langchain_aegis.engine import _pending
 from langchain_aegis.errors import AegisConfigError, AegisConnectionError
 from langchain_aegis.notices import forget_warnings
 from langchain_aegis.settings import AegisSettings
-
-MODEL = "[('_type', 'chat'), ('model', 'm'), ('stop', None)]"
-
-
-def prompt(*messages):
-    return dumps([HumanMessage(m) if isinstance(m, str) else m for m in messages])
-
-
-def chat(text, reason="stop", **kwargs) -> RETURN_VAL_TYPE:
-    return [ChatGeneration(message=AIMessage(text, response_metadata={"done_reason": reason}, **kwargs))]
-
-
-def text_of(found):
-    return None if found is None else found[0].text
-
-
-class Words(Embeddings):
-    """Texts are as near as the words that they share."""
-
-    model = "words"
-
-    def __init__(self):
-        self.asked = []
-
-    def embed_documents(self, texts):
-        return [self.embed_query(t) for t in texts]
-
-    def embed_query(self, text):
-        self.asked.append(text)
-        vector = [0.0] * 512
-        for word in text.lower().strip("?!. ").split():
-            vector[sum(word.encode()) * 7 % 512] += 1.0
-        return vector
-
-
-class Driver:
-    """Calls a cache blocking or awaited, so that one test proves both."""
-
-    def __init__(self, cache, awaited):
-        self.cache, self.awaited = cache, awaited
-        self._loop = asyncio.new_event_loop() if awaited else None
-
-    def _run(self, name, *args, **kwargs):
-        if not self.awaited:
-            return getattr(self.cache, name)(*args, **kwargs)
-        # LangChain awaits lookup and update in one task: what one leaves in the context, the other finds there.
-        context = copy_context()
-        call = getattr(self.cache, f"a{name}")(*args, **kwargs)
-        try:
-            return self._loop.run_until_complete(self._loop.create_task(call, context=context))
-        finally:
-            _pending.set(context.get(_pending, ()))
-
-    def wait_for(self, late):
-        return self._loop.run_until_complete(late) if self.awaited else late.result(10)
-
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: self._run(name, *args, **kwargs)
-
-    def end(self):
-        if self._loop is not None:
-            self._loop.run_until_complete(self.cache.aclose())
-            self._loop.close()
-        self.cache.close()
 
 
 @pytest.fixture(autouse=True)
@@ -91,30 +23,9 @@ def _warnings_anew():
     forget_warnings()
 
 
-@pytest.fixture(params=["blocking", "awaited"])
-def make(request, redis_url):
-    """Makes drivers of caches in a namespace of their own."""
-    made = []
-
-    def make(url=redis_url, embeddings=None, **kwargs):
-        kwargs = {
-            "namespace": f"c{uuid.uuid4().hex[:8]}",
-            "min_similarity": 0.6,
-            "op_budget_s": 5,
-            "embed_budget_s": 10,
-            **kwargs,
-        }
-        made.append(Driver(AegisSemanticCache(url, embeddings or Words(), **kwargs), request.param == "awaited"))
-        return made[-1]
-
-    yield make
-    for driver in made:
-        driver.end()
-
-
-def test_an_exact_repeat_hits_and_asks_no_embedder(make):
+def test_an_exact_repeat_hits_and_asks_no_embedder(make_cache):
     words = Words()
-    cache = make(embeddings=words)
+    cache = make_cache(embeddings=words)
     assert cache.lookup(prompt("How long may I keep a book?"), MODEL) is None
     cache.update(prompt("How long may I keep a book?"), MODEL, chat("28 days"))
     (hit,) = cache.lookup(prompt("How long may I keep a book?"), MODEL)
@@ -125,23 +36,23 @@ def test_an_exact_repeat_hits_and_asks_no_embedder(make):
     assert was_cached(AIMessage("fresh")) is None
 
 
-def test_a_paraphrase_hits_by_meaning_and_another_question_does_not(make):
-    cache = make()
+def test_a_paraphrase_hits_by_meaning_and_another_question_does_not(make_cache):
+    cache = make_cache()
     cache.update(prompt("How long may I keep a book?"), MODEL, chat("28 days"))
     (hit,) = cache.lookup(prompt("How long can I keep a book?"), MODEL)
     assert (hit.text, was_cached(hit.message)["tier"]) == ("28 days", "semantic")
     assert cache.lookup(prompt("What does a reader card cost?"), MODEL) is None
 
 
-def test_a_guard_stops_a_near_question_and_says_so(make):
+def test_a_guard_stops_a_near_question_and_says_so(make_cache):
     seen = []
-    cache = make(on_lookup=seen.append)
+    cache = make_cache(on_lookup=seen.append)
     cache.update(prompt("May I return 3 books at the desk?"), MODEL, chat("Yes"))
     assert cache.lookup(prompt("May I return 30 books at the desk?"), MODEL) is None
     assert seen[-1].reasons == ("guard:number",)
     assert seen[-1].candidates[0].similarity > 0.6
     assert cache.cache.stats().reasons["guard:number"] == 1
-    open_wide = make(guards_off=["number"])
+    open_wide = make_cache(guards_off=["number"])
     open_wide.update(prompt("May I return 3 books at the desk?"), MODEL, chat("Yes"))
     assert text_of(open_wide.lookup(prompt("May I return 30 books at the desk?"), MODEL)) == "Yes"
 
@@ -155,15 +66,15 @@ def test_a_guard_stops_a_near_question_and_says_so(make):
         (prompt("How long can I keep a book?"), MODEL.replace("None", "['X']")),
     ],
 )
-def test_another_model_system_history_or_option_never_shares(make, other_prompt, other_model):
-    cache = make()
+def test_another_model_system_history_or_option_never_shares(make_cache, other_prompt, other_model):
+    cache = make_cache()
     cache.update(prompt("How long can I keep a book?"), MODEL, chat("28 days"))
     assert text_of(cache.lookup(prompt("How long can I keep a book?"), MODEL)) == "28 days"
     assert cache.lookup(other_prompt, other_model) is None
 
 
-def test_a_nearer_entry_of_another_tenant_neither_answers_nor_hides_ones_own(make):
-    cache = make()
+def test_a_nearer_entry_of_another_tenant_neither_answers_nor_hides_ones_own(make_cache):
+    cache = make_cache()
     with aegis_scope(tenant="a"):
         cache.update(prompt("How long may I keep a book?"), MODEL, chat("a: 28"))
     with aegis_scope(tenant="b"):
@@ -174,32 +85,32 @@ def test_a_nearer_entry_of_another_tenant_neither_answers_nor_hides_ones_own(mak
         assert text_of(cache.lookup(prompt("How long may I keep a book?"), MODEL)) == "a: 28"
 
 
-def test_once_a_tenant_was_seen_calls_without_one_bypass_the_cache(make, caplog):
-    cache = make()
+def test_once_a_tenant_was_seen_calls_without_one_bypass_the_cache(make_cache, caplog):
+    cache = make_cache()
     cache.update(prompt("How long may I keep a book?"), MODEL, chat("28"))
     assert cache.lookup(prompt("How long may I keep a book?"), MODEL) is not None
     with aegis_scope(tenant="a"):
         cache.update(prompt("How long may I keep a book?"), MODEL, chat("a: 28"))
-    other = make(namespace=cache.cache.settings.namespace)  # another process learns it from Redis
+    other = make_cache(namespace=cache.cache.settings.namespace)  # another process learns it from Redis
     for c in (cache, other, cache):
         assert c.lookup(prompt("How long may I keep a book?"), MODEL) is None
         c.update(prompt("Where is the cafe?"), MODEL, chat("no"))
     assert [r.getMessage().split(":")[0] for r in caplog.records].count("no_tenant") == 1
-    relaxed = make(namespace=cache.cache.settings.namespace, require_tenant=False)
+    relaxed = make_cache(namespace=cache.cache.settings.namespace, require_tenant=False)
     assert relaxed.lookup(prompt("How long may I keep a book?"), MODEL) is not None
     assert relaxed.lookup(prompt("Where is the cafe?"), MODEL) is None
 
 
-def test_a_required_tenant_is_required_from_the_start(make):
-    cache = make(require_tenant=True)
+def test_a_required_tenant_is_required_from_the_start(make_cache):
+    cache = make_cache(require_tenant=True)
     cache.update(prompt("How long may I keep a book?"), MODEL, chat("28"))
     assert cache.lookup(prompt("How long may I keep a book?"), MODEL) is None
     assert cache.cache.stats().stored == 0
 
 
-def test_users_are_kept_apart_unless_told(make):
+def test_users_are_kept_apart_unless_told(make_cache):
     for share in (False, True):
-        cache = make(share_within_tenant=share)
+        cache = make_cache(share_within_tenant=share)
         with aegis_scope(tenant="a", user="u1"):
             cache.update(prompt("How long may I keep a book?"), MODEL, chat("28"))
         with aegis_scope(tenant="a", user="u2"):
@@ -210,8 +121,8 @@ def test_users_are_kept_apart_unless_told(make):
             assert cache.lookup(prompt("How long may I keep a book?"), MODEL) is None
 
 
-def test_plain_chat_ollama_is_declined_with_one_warning(make, caplog):
-    cache = make()
+def test_plain_chat_ollama_is_declined_with_one_warning(make_cache, caplog):
+    cache = make_cache()
     unnamed = "[('_type', 'chat-ollama'), ('stop', None)]"
     for _ in range(3):
         cache.update(prompt("Why?"), unnamed, chat("x"))
@@ -220,15 +131,15 @@ def test_plain_chat_ollama_is_declined_with_one_warning(make, caplog):
 
 
 @pytest.mark.parametrize("reason", [None, "length", "load"])
-def test_a_cut_answer_is_not_kept(make, reason):
-    cache = make()
+def test_a_cut_answer_is_not_kept(make_cache, reason):
+    cache = make_cache()
     cache.update(prompt("Why?"), MODEL, chat("because", reason=reason))
     assert cache.lookup(prompt("Why?"), MODEL) is None
     assert cache.cache.stats().not_stored == {"incomplete": 1}
 
 
-def test_tool_calls_and_several_generations_are_served_on_an_exact_repeat_only(make):
-    cache = make()
+def test_tool_calls_and_several_generations_are_served_on_an_exact_repeat_only(make_cache):
+    cache = make_cache()
     call = [{"name": "f", "args": {"a": 1}, "id": "1"}]
     cache.update(prompt("How long may I keep a book?"), MODEL, chat("", reason="tool_calls", tool_calls=call))
     (hit,) = cache.lookup(prompt("How long may I keep a book?"), MODEL)
@@ -250,8 +161,8 @@ def test_a_cache_never_takes_over_the_lookup_of_one_that_is_gone(redis_url):
         del cache
 
 
-def test_off_and_refresh(make):
-    cache = make()
+def test_off_and_refresh(make_cache):
+    cache = make_cache()
     cache.update(prompt("Why?"), MODEL, chat("old"))
     with aegis_scope(cache="off"):
         assert cache.lookup(prompt("Why?"), MODEL) is None
@@ -263,23 +174,23 @@ def test_off_and_refresh(make):
     assert text_of(cache.lookup(prompt("Why?"), MODEL)) == "new"
 
 
-def test_dry_run_serves_nothing_and_counts(make):
-    cache = make(dry_run=True)
+def test_dry_run_serves_nothing_and_counts(make_cache):
+    cache = make_cache(dry_run=True)
     cache.update(prompt("Why?"), MODEL, chat("x"))
     assert cache.lookup(prompt("Why?"), MODEL) is None
     assert cache.cache.stats().exact_hits == 1
 
 
-def test_told_patterns_bypass_the_cache(make):
-    cache = make(bypass=[r"\bstock\b"])
+def test_told_patterns_bypass_the_cache(make_cache):
+    cache = make_cache(bypass=[r"\bstock\b"])
     cache.update(prompt("What is the stock of bikes?"), MODEL, chat("3"))
     assert cache.lookup(prompt("What is the stock of bikes?"), MODEL) is None
     assert cache.cache.stats().stored == 0
 
 
 @pytest.mark.parametrize("how", ["scope", "task", "cache"])
-def test_an_answer_lives_as_long_as_told(make, redis_url, how):
-    cache = make(ttl_s=50 if how == "cache" else 9_000, ttl_by_task={"chat": 50} if how == "task" else None)
+def test_an_answer_lives_as_long_as_told(make_cache, redis_url, how):
+    cache = make_cache(ttl_s=50 if how == "cache" else 9_000, ttl_by_task={"chat": 50} if how == "task" else None)
     with aegis_scope(task="chat", ttl_s=50 if how == "scope" else None):
         cache.update(prompt("Why?"), MODEL, chat("x"))
         assert cache.lookup(prompt("Why?"), MODEL) is not None
@@ -288,8 +199,8 @@ def test_an_answer_lives_as_long_as_told(make, redis_url, how):
         assert 0 < client.pttl(entry) <= 50_000
 
 
-def test_an_expired_answer_is_never_served_even_if_redis_still_has_it(make, redis_url, monkeypatch):
-    cache = make()
+def test_an_expired_answer_is_never_served_even_if_redis_still_has_it(make_cache, redis_url, monkeypatch):
+    cache = make_cache()
     cache.update(prompt("Why is it so?"), MODEL, chat("x"))
     later = time.time_ns() + 3_601 * 10**9
     monkeypatch.setattr("langchain_aegis.engine.time.time_ns", lambda: later)
@@ -297,8 +208,8 @@ def test_an_expired_answer_is_never_served_even_if_redis_still_has_it(make, redi
     assert cache.lookup(prompt("Why is this so?"), MODEL) is None
 
 
-def test_invalidation_by_source_and_tenant(make):
-    cache = make()
+def test_invalidation_by_source_and_tenant(make_cache):
+    cache = make_cache()
     with aegis_scope(tenant="a", sources=["doc1"]):
         cache.lookup(prompt("How long may I keep a book?"), MODEL)
         aegis_sources("doc2")
@@ -325,15 +236,15 @@ def test_invalidation_by_source_and_tenant(make):
 @pytest.mark.parametrize(
     "bad", [{}, {"sources": "doc"}, {"sources": ["a"], "user": "u"}, {"tenant": ""}, {"tenant": 3}]
 )
-def test_an_invalidation_that_names_nothing_is_an_error(make, bad):
+def test_an_invalidation_that_names_nothing_is_an_error(make_cache, bad):
     with pytest.raises(AegisConfigError):
-        make().invalidate(**bad)
+        make_cache().invalidate(**bad)
 
 
 @pytest.mark.parametrize("how", ["source", "tenant", "clear"])
-def test_an_invalidation_wins_over_an_answer_that_is_being_made(make, how):
-    cache = make()
-    other = make(namespace=cache.cache.settings.namespace)
+def test_an_invalidation_wins_over_an_answer_that_is_being_made(make_cache, how):
+    cache = make_cache()
+    other = make_cache(namespace=cache.cache.settings.namespace)
     with aegis_scope(tenant="a"):
         assert cache.lookup(prompt("How long may I keep a book?"), MODEL) is None
         {"source": lambda: other.invalidate(sources=["doc"]), "tenant": lambda: other.invalidate(tenant="a"),
@@ -345,8 +256,8 @@ def test_an_invalidation_wins_over_an_answer_that_is_being_made(make, how):
         assert cache.cache.stats().not_stored == {"invalidated": 1}
 
 
-def test_clear_empties_the_namespace(make):
-    cache = make()
+def test_clear_empties_the_namespace(make_cache):
+    cache = make_cache()
     for tenant in ("a", "b"):
         with aegis_scope(tenant=tenant):
             cache.update(prompt("Why?"), MODEL, chat("x"))
@@ -355,19 +266,19 @@ def test_clear_empties_the_namespace(make):
         assert cache.lookup(prompt("Why?"), MODEL) is None
 
 
-def test_health_says_what_the_namespace_holds(make):
-    cache = make()
+def test_health_says_what_the_namespace_holds(make_cache):
+    cache = make_cache()
     assert (cache.health().redis, cache.health().entries) == (True, 0)
     for tenant in ("a", "b"):
         with aegis_scope(tenant=tenant):
             cache.update(prompt("How long may I keep a book?"), MODEL, chat("28"))
-    other = make(namespace=cache.cache.settings.namespace)  # another process sees the same
+    other = make_cache(namespace=cache.cache.settings.namespace)  # another process sees the same
     assert (other.health().entries, other.health().tenants) == (2, 2)
     assert (cache.health().search, cache.health().embedder) == (True, "words")
 
 
-def test_nothing_that_a_user_typed_or_a_secret_stands_in_redis(make, redis_url):
-    cache = make()
+def test_nothing_that_a_user_typed_or_a_secret_stands_in_redis(make_cache, redis_url):
+    cache = make_cache()
     with aegis_scope(tenant="canary-tenant", user="canary-user", sources=["canary-source"]):
         cache.update(prompt("Where does the canary sing?"), MODEL, chat("In its cage"))
     with redis.Redis.from_url(redis_url) as client:
@@ -378,9 +289,9 @@ def test_nothing_that_a_user_typed_or_a_secret_stands_in_redis(make, redis_url):
     assert "canary" not in stored
 
 
-def test_questions_are_kept_when_told(make):
+def test_questions_are_kept_when_told(make_cache):
     seen = []
-    cache = make(keep_questions=True, on_lookup=seen.append)
+    cache = make_cache(keep_questions=True, on_lookup=seen.append)
     cache.update(prompt("How long may I keep a book?"), MODEL, chat("28"))
     cache.lookup(prompt("How long can I keep a book?"), MODEL)
     assert seen[-1].candidates[0].question == "How long may I keep a book?"
@@ -389,8 +300,8 @@ def test_questions_are_kept_when_told(make):
 # -- a whole pipeline -----------------------------------------------------------------------------------------------
 
 
-def test_a_pipeline_is_asked_once_for_a_question_and_its_paraphrase(make):
-    cache, made = make(), []
+def test_a_pipeline_is_asked_once_for_a_question_and_its_paraphrase(make_cache):
+    cache, made = make_cache(), []
 
     def generate():
         made.append(1)
@@ -409,15 +320,15 @@ def test_a_pipeline_is_asked_once_for_a_question_and_its_paraphrase(make):
     assert cache.invalidate(sources=["doc2"]) == 1
 
 
-def test_a_pipelines_error_reaches_the_caller_and_nothing_is_kept(make):
-    cache = make()
+def test_a_pipelines_error_reaches_the_caller_and_nothing_is_kept(make_cache):
+    cache = make_cache()
     with pytest.raises(ZeroDivisionError):
         cache.get_or_generate("Why?", lambda: 1 / 0, pipeline="rag")
     assert cache.get_or_generate("Why?", lambda: "fine", pipeline="rag") == "fine"
 
 
-def test_a_pipelines_cut_or_odd_answer_is_returned_and_not_kept(make):
-    cache = make()
+def test_a_pipelines_cut_or_odd_answer_is_returned_and_not_kept(make_cache):
+    cache = make_cache()
     for value in (AIMessage("cut", response_metadata={"done_reason": "length"}), (1, 2), "", None):
         assert cache.get_or_generate("Why?", lambda value=value: value, pipeline="rag") is value
     assert cache.cache.stats().stored == 0
@@ -426,9 +337,9 @@ def test_a_pipelines_cut_or_odd_answer_is_returned_and_not_kept(make):
 @pytest.mark.parametrize(
     "bad", [{"question": " "}, {"question": 3}, {"pipeline": ""}, {"sources": "doc"}, {"ttl_s": 0}]
 )
-def test_a_pipelines_bad_argument_is_refused(make, bad):
+def test_a_pipelines_bad_argument_is_refused(make_cache, bad):
     with pytest.raises(AegisConfigError):
-        make().get_or_generate(**{"question": "Why?", "generate": lambda: "x", "pipeline": "rag", **bad})
+        make_cache().get_or_generate(**{"question": "Why?", "generate": lambda: "x", "pipeline": "rag", **bad})
 
 
 async def test_a_coroutine_function_and_a_blocking_one_may_generate(redis_url):
@@ -449,8 +360,8 @@ async def test_a_coroutine_function_and_a_blocking_one_may_generate(redis_url):
 # -- faults ---------------------------------------------------------------------------------------------------------
 
 
-def test_without_redis_every_call_is_a_miss_and_invalidation_says_so(make, tmp_path):
-    cache = make(f"unix://{tmp_path}/none.sock")
+def test_without_redis_every_call_is_a_miss_and_invalidation_says_so(make_cache, tmp_path):
+    cache = make_cache(f"unix://{tmp_path}/none.sock")
     for _ in range(10):
         assert cache.lookup(prompt("Why?"), MODEL) is None
         cache.update(prompt("Why?"), MODEL, chat("x"))
@@ -461,8 +372,8 @@ def test_without_redis_every_call_is_a_miss_and_invalidation_says_so(make, tmp_p
             call()
 
 
-def test_an_answer_whose_lookup_redis_did_not_answer_is_not_kept(make, monkeypatch):
-    cache = make()
+def test_an_answer_whose_lookup_redis_did_not_answer_is_not_kept(make_cache, monkeypatch):
+    cache = make_cache()
     monkeypatch.setattr(cache.cache._connections.breaker, "allow", lambda: False)
     assert cache.lookup(prompt("Why?"), MODEL) is None
     monkeypatch.undo()
@@ -497,9 +408,9 @@ class Hanging(Words):
         return super().embed_query(text)
 
 
-def test_a_broken_embedder_costs_only_the_semantic_tier(make):
+def test_a_broken_embedder_costs_only_the_semantic_tier(make_cache):
     broken = Broken()
-    cache = make(embeddings=broken)
+    cache = make_cache(embeddings=broken)
     for _ in range(8):
         cache.lookup(prompt("How long may I keep a book?"), MODEL)
     assert len(broken.asked) == 5  # then the breaker is open
@@ -508,8 +419,8 @@ def test_a_broken_embedder_costs_only_the_semantic_tier(make):
     assert cache.lookup(prompt("How long can I keep a book?"), MODEL) is None
 
 
-def test_vectors_without_a_direction_are_never_stored_or_asked(make):
-    cache = make(embeddings=Odd())
+def test_vectors_without_a_direction_are_never_stored_or_asked(make_cache):
+    cache = make_cache(embeddings=Odd())
     for question in ("How long may I keep a book?", "What does a card cost?"):
         cache.update(prompt(question), MODEL, chat(question))
     assert cache.lookup(prompt("How long can I keep a book?"), MODEL) is None
@@ -517,9 +428,9 @@ def test_vectors_without_a_direction_are_never_stored_or_asked(make):
     assert text_of(cache.lookup(prompt("What does a card cost?"), MODEL)) == "What does a card cost?"
 
 
-def test_a_vector_that_comes_too_late_for_the_lookup_serves_the_update(make):
+def test_a_vector_that_comes_too_late_for_the_lookup_serves_the_update(make_cache):
     hanging, seen = Hanging(), []
-    cache = make(embeddings=hanging, embed_budget_s=0.05, on_lookup=seen.append)
+    cache = make_cache(embeddings=hanging, embed_budget_s=0.05, on_lookup=seen.append)
     assert cache.lookup(prompt("How long may I keep a book?"), MODEL) is None
     assert cache.cache.stats().reasons == {"embedder_slow": 1}
     hanging.go.set()
@@ -528,10 +439,10 @@ def test_a_vector_that_comes_too_late_for_the_lookup_serves_the_update(make):
     assert text_of(cache.lookup(prompt("How long can I keep a book?"), MODEL)) == "28"
 
 
-def test_an_unusable_tenant_bypasses_the_cache(make, caplog):
+def test_an_unusable_tenant_bypasses_the_cache(make_cache, caplog):
     from langchain_aegis.scope import seen_config
 
-    cache = make()
+    cache = make_cache()
     with seen_config({"configurable": {"tenant_id": ""}}):
         cache.update(prompt("Why?"), MODEL, chat("x"))
         assert cache.lookup(prompt("Why?"), MODEL) is None
@@ -539,8 +450,8 @@ def test_an_unusable_tenant_bypasses_the_cache(make, caplog):
     assert "bad_identity" in caplog.text
 
 
-def test_whatever_goes_wrong_inside_the_call_goes_on(make, monkeypatch, caplog):
-    cache = make()
+def test_whatever_goes_wrong_inside_the_call_goes_on(make_cache, monkeypatch, caplog):
+    cache = make_cache()
     monkeypatch.setattr(cache.cache._engine, "find", lambda key: 1 / 0)
     monkeypatch.setattr(cache.cache._engine, "update", lambda *a: 1 / 0)
     assert cache.lookup(prompt("canary"), MODEL) is None

@@ -1,0 +1,76 @@
+"""What tests of the cache share: calls as LangChain makes them, an embedder of words, blocking and awaited in one."""
+
+import asyncio
+from contextvars import copy_context
+
+from langchain_core.caches import RETURN_VAL_TYPE
+from langchain_core.embeddings import Embeddings
+from langchain_core.load import dumps
+from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.outputs import ChatGeneration
+
+from langchain_aegis.engine import _pending
+
+MODEL = "[('_type', 'chat'), ('model', 'm'), ('stop', None)]"
+
+
+def prompt(*messages):
+    return dumps([HumanMessage(m) if isinstance(m, str) else m for m in messages])
+
+
+def chat(text, reason="stop", **kwargs) -> RETURN_VAL_TYPE:
+    return [ChatGeneration(message=AIMessage(text, response_metadata={"done_reason": reason}, **kwargs))]
+
+
+def text_of(found):
+    return None if found is None else found[0].text
+
+
+class Words(Embeddings):
+    """Texts are as near as the words that they share."""
+
+    model = "words"
+
+    def __init__(self):
+        self.asked = []
+
+    def embed_documents(self, texts):
+        return [self.embed_query(t) for t in texts]
+
+    def embed_query(self, text):
+        self.asked.append(text)
+        vector = [0.0] * 512
+        for word in text.lower().strip("?!. ").split():
+            vector[sum(word.encode()) * 7 % 512] += 1.0
+        return vector
+
+
+class Driver:
+    """Calls a cache blocking or awaited, so that one test proves both."""
+
+    def __init__(self, cache, awaited):
+        self.cache, self.awaited = cache, awaited
+        self._loop = asyncio.new_event_loop() if awaited else None
+
+    def _run(self, name, *args, **kwargs):
+        if not self.awaited:
+            return getattr(self.cache, name)(*args, **kwargs)
+        # LangChain awaits lookup and update in one task: what one leaves in the context, the other finds there.
+        context = copy_context()
+        call = getattr(self.cache, f"a{name}")(*args, **kwargs)
+        try:
+            return self._loop.run_until_complete(self._loop.create_task(call, context=context))
+        finally:
+            _pending.set(context.get(_pending, ()))
+
+    def wait_for(self, late):
+        return self._loop.run_until_complete(late) if self.awaited else late.result(10)
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self._run(name, *args, **kwargs)
+
+    def end(self):
+        if self._loop is not None:
+            self._loop.run_until_complete(self.cache.aclose())
+            self._loop.close()
+        self.cache.close()
