@@ -26,13 +26,15 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from langchain_aegis.entries import Record, unseal
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flows import Flow
 from langchain_aegis.notices import warn_once
 from langchain_aegis.replies import Epochs, Listed, as_pairs, as_text, raise_error
+
+_MARKS_KEPT: Final = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class Namespace:
         self._fingerprint = fingerprint
         self._epochs = f"{self.prefix}epochs"
         self._registry = f"{self.prefix}z"
+        self._marks: tuple[tuple[str, int], dict[str, int]] = ("", 0), {}  # see `_source_marks`
 
     def records(self, cursor: int = 0) -> Flow[tuple[int, list[Listed]]]:
         """Return some records of the namespace, and where to go on; 0: that was all, and 0 to begin.
@@ -160,12 +163,25 @@ class Namespace:
             # Only if some source was invalidated after it: which ones?
             (asked if record.src and epochs.source > made else kept).append(record)
         if asked:
-            replies = yield Commands(tuple(("HMGET", self._epochs, *record.src) for record in asked))
-            for record, dead in zip(asked, replies, strict=True):
-                made = _clock(record, epochs) or 0
-                if not isinstance(dead, Exception) and all(int(d or 0) <= made for d in dead):
-                    kept.append(record)
+            marks = yield from self._source_marks({s for record in asked for s in record.src}, epochs)
+            kept += [r for r in asked if all(marks.get(s, epochs.clock) <= (_clock(r, epochs) or 0) for s in r.src)]
         return kept
+
+    def _source_marks(self, sources: set[str], epochs: Epochs) -> Flow[dict[str, int]]:
+        """Return when each source was last invalidated; one of which that is not known is left out.
+
+        What was learnt stays true for as long as no other source is invalidated, so it is asked for only once.
+        """
+        state = epochs.id, epochs.source
+        if self._marks[0] != state or len(self._marks[1]) > _MARKS_KEPT:
+            self._marks = state, {}
+        known = self._marks[1]
+        unknown = [source for source in sources if source not in known]
+        if unknown:
+            (told,) = yield Commands((("HMGET", self._epochs, *unknown),))
+            if not isinstance(told, Exception):
+                known.update((source, int(mark or 0)) for source, mark in zip(unknown, told, strict=True))
+        return known
 
     def _listed(self, records: list[Record], epochs: Epochs) -> Flow[list[bool]]:
         """Say of records of any tenant whether they live: whether their tenant's set lists them, for one."""

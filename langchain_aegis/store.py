@@ -146,23 +146,15 @@ class Store(Namespace):
             timeout_ms: How long the server may search.
             asking: Exact key of the question; what is known of it and others is read in the same round trip.
         """
-        many = k * 4 if epochs.trash else k  # dead records that are not unlinked yet must not hide living ones
         also = (("HGETALL", self._pairs(asking)),) if asking is not None else ()
-        if (yield from self._has_search()):
-            query = f"(@scope:{{{scope}}} @emb:{{{embedder}}})=>[KNN {many} @vec $v HYBRID_POLICY ADHOC_BF]"
-            stored, told = yield from self._search(query, embedder, vector, many, timeout_ms, also)
-        else:
-            stored, told = yield from self._compare(scope, embedder, vector, many, also)
-        records = []
-        for name, fields in stored:
-            record = unseal(fields, self._mac_key)
-            # The query asked for this scope; the signed record must say so too.
-            if record is None or name != self._entry(record.key) or record.scope != scope or record.emb != embedder:
-                self.rejected += 1
-            else:
-                records.append(record)
-        alive = yield from self._alive(records, epochs)
-        return Nearest(_ranked(vector, alive)[:k], self._notes(asking, told))
+        stored, told = yield from self._of_scope(scope, embedder, vector, k, timeout_ms, also)
+        notes = self._notes(asking, told)
+        alive = yield from self._alive(self._unsealed(stored, scope, embedder), epochs)
+        if epochs.trash and not alive and len(stored) == k:
+            # Dead records that are not unlinked yet must not hide living ones for long.
+            stored, _ = yield from self._of_scope(scope, embedder, vector, k * 4, timeout_ms, ())
+            alive = yield from self._alive(self._unsealed(stored, scope, embedder), epochs)
+        return Nearest(_ranked(vector, alive)[:k], notes)
 
     def nearest_anywhere(
         self, embedder: str, vector: bytes, k: int, epochs: Epochs, timeout_ms: int, *, tenant: str | None = None
@@ -381,6 +373,25 @@ class Store(Namespace):
                 raise_error(reply)
                 cursor, count = as_text(reply[0]), count + int(reply[1])
         return count
+
+    def _unsealed(self, stored: list[tuple[str, dict[bytes, bytes]]], scope: str, embedder: str) -> list[Record]:
+        records = []
+        for name, fields in stored:
+            record = unseal(fields, self._mac_key)
+            # The query asked for this scope; the signed record must say so too.
+            if record is None or name != self._entry(record.key) or record.scope != scope or record.emb != embedder:
+                self.rejected += 1
+            else:
+                records.append(record)
+        return records
+
+    def _of_scope(
+        self, scope: str, embedder: str, vector: bytes, many: int, timeout_ms: int, also: tuple[scripts.Command, ...]
+    ) -> Flow[_Found]:
+        if not (yield from self._has_search()):
+            return (yield from self._compare(scope, embedder, vector, many, also))
+        query = f"(@scope:{{{scope}}} @emb:{{{embedder}}})=>[KNN {many} @vec $v HYBRID_POLICY ADHOC_BF]"
+        return (yield from self._search(query, embedder, vector, many, timeout_ms, also))
 
     def _has_search(self) -> Flow[bool]:
         if self.search is None:

@@ -375,6 +375,25 @@ def test_what_is_held_is_right_as_soon_as_the_call_returns(kept):
     assert (kept.entries(), kept.listed()) == (set(), {})
 
 
+def test_after_an_invalidation_each_source_is_asked_for_once(kept):
+    """Else every lookup of an older entry would cost another round trip until all of them have expired."""
+    for i in range(6):
+        kept.put(name(i), src=(f"source:s{i % 3}",))
+    steps = []
+
+    def read(i):
+        run(kept.store.read(name(i), THINGS), lambda step: steps.append(step) or kept.connections.perform(step))
+        return len(steps)
+
+    assert read(0) == 1
+    kept.invalidate(["source:s9"], sources=True)
+    assert [read(i) for i in (0, 0, 3, 1, 1, 4)] == [3, 4, 5, 7, 8, 9]
+    kept.invalidate(["source:s0"], sources=True)
+    assert read(0) == 11
+    assert kept.read(name(0)) is None
+    assert kept.read(name(1)) is not None
+
+
 def test_an_entry_that_is_stored_anew_survives_the_sweep(kept):
     src = ("source:d1",)
     for i in range(4):
