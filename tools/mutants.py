@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("langchain_aegis", "tests", "examples", "tools", "pyproject.toml", "docker-compose.dgx-spark.yml")
+COPIED = ("langchain_aegis", "tests", "docs", "examples", "tools", "pyproject.toml", "docker-compose.dgx-spark.yml")
 TIMEOUT_S = 240  # of one run of pytest; a mutant that makes the tests hang is noticed as well
 FAILED = 1  # pytest's exit codes: 0 all passed, 1 some failed; 2 to 5 mean that nothing can be concluded
 
