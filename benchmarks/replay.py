@@ -1,4 +1,4 @@
-"""Caches that a replayed stream of questions is put to: ours on a real Redis, and plain cosine.
+"""A stream of questions, and the caches that it is put to: ours on a real Redis, and plain cosine.
 
 Each factory returns an object with `lookup(text) -> answer | None`, `store(text, answer)` and `close()`. Embeddings are
 MiniLM's; REPLAY_VECTORS=file keeps them for the next run.
@@ -6,7 +6,9 @@ MiniLM's; REPLAY_VECTORS=file keeps them for the next run.
 
 import base64
 import os
+import random
 import uuid
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,67 @@ from langchain_aegis import AegisSemanticCache
 from langchain_aegis.embedded import EmbeddedRedis, MiniLMEmbeddings
 
 LLM = "[('model', 'replay')]"  # what LangChain says about the model: the same for every question
+
+
+def replay(pairs, factory, *, queries=4000, seed=7):
+    """Put a stream of exact repeats, paraphrases and near misses to a cache; return counts, and the wrong answers.
+
+    Topics are drawn, some more popular than others, and then a wording of the topic. A miss stores the topic's answer;
+    a hit is right if it is the same topic's. Texts mean the same only if labels say so, directly or in a chain: what
+    nobody labelled counts as wrong.
+
+    Returns:
+        Counts: "repeat" of texts that were asked before, "new" of those that were not, each with "_right" and "_wrong"
+        answers from the cache; "possible" of new texts whose topic was already answered; "labelled" of wrong answers
+        that a label calls a trap. And (text that was answered, text that was asked) of each wrong answer by meaning.
+    """
+    topics = _topics(pairs)
+    traps = {frozenset((pair.cached, pair.new)) for pair in pairs if not pair.duplicate}
+    draw = random.Random(seed)
+    draw.shuffle(topics)
+    weights = [len(texts) / (at + 200) for at, texts in enumerate(topics)]
+    chosen = draw.choices(range(len(topics)), weights, k=queries)
+    stream = [(draw.choice(topics[topic]), topic) for topic in chosen]
+    counts, wrong, seen, answered, stored, cache = Counter(), [], set(), set(), {}, factory()
+    try:
+        for text, topic in stream:
+            kind = "repeat" if text in seen else "new"
+            counts[kind] += 1
+            counts["possible"] += kind == "new" and topic in answered
+            seen.add(text)
+            answer = cache.lookup(text)
+            if answer is None:
+                answer = f"answer {len(stored)}"
+                stored[answer] = topic, text
+                answered.add(topic)
+                cache.store(text, answer)
+                continue
+            right = stored[answer][0] == topic
+            counts[f"{kind}_{'right' if right else 'wrong'}"] += 1
+            if kind == "new" and not right:
+                wrong.append((stored[answer][1], text))
+                counts["labelled"] += frozenset(wrong[-1]) in traps
+    finally:
+        cache.close()
+    return counts, wrong
+
+
+def _topics(pairs):
+    """Return the texts that mean the same, in groups."""
+    parent = {text: text for pair in pairs for text in (pair.cached, pair.new)}
+
+    def root(text):
+        while parent[text] != text:
+            text = parent[text]
+        return text
+
+    for pair in pairs:
+        if pair.duplicate:
+            parent[root(pair.cached)] = root(pair.new)
+    groups = defaultdict(list)
+    for text in sorted(parent):
+        groups[root(text)].append(text)
+    return [groups[name] for name in sorted(groups)]
 
 
 class Remembered(Embeddings):
@@ -49,11 +112,16 @@ class Remembered(Embeddings):
 _minilm = None
 
 
+def remember(path):
+    """Keep what the small model embeds in a file, or with None in memory only."""
+    global _minilm
+    _minilm = Remembered(MiniLMEmbeddings(), path)
+
+
 def minilm():
     """Return the small model, with one memory for all caches of the process."""
-    global _minilm
     if _minilm is None:
-        _minilm = Remembered(MiniLMEmbeddings(), os.environ.get("REPLAY_VECTORS"))
+        remember(os.environ.get("REPLAY_VECTORS"))
     return _minilm
 
 
