@@ -33,8 +33,9 @@ from langchain_aegis.flights import Flights
 from langchain_aegis.forwarding import ForwardingChatModel
 from langchain_aegis.identity import PREFIX
 from langchain_aegis.replays import consulted_by_core
-from langchain_aegis.scope import current, seen_config
+from langchain_aegis.scope import bound_here, current, seen_config
 from langchain_aegis.servers import admission_of, check_arguments, server_of
+from langchain_aegis.stamps import last_lookup
 
 _TRACING_ONLY = ("ls_structured_output_format", "structured_output_format")
 _NOT_SENT = frozenset({"id", "usage_metadata", "artifact"})
@@ -159,7 +160,15 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
         self, input: LanguageModelInput, config: RunnableConfig | None = None, *, stop: list[str] | None = None,
         **kwargs: Any,
     ) -> Iterator[AIMessageChunk]:  # fmt: skip
-        """Stream the model's answer; holds a slot until the stream ends or is closed."""
+        """Stream the model's answer; holds a slot until the stream ends or is closed.
+
+        It may be read after the `aegis_scope` in which it was made.
+        """
+        return bound_here(self._streamed(input, config, stop, kwargs))
+
+    def _streamed(
+        self, input: LanguageModelInput, config: RunnableConfig | None, stop: list[str] | None, kwargs: dict[str, Any]
+    ) -> Iterator[AIMessageChunk]:
         base = cast("Generator[AIMessageChunk]", super().stream(input, config, stop=stop, **kwargs))
         if not self._should_stream(async_api=False, **{**kwargs, "stream": True}):
             yield from base
@@ -176,11 +185,19 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
             base.close()
             entry.close()
 
-    async def astream(
+    def astream(
         self, input: LanguageModelInput, config: RunnableConfig | None = None, *, stop: list[str] | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[AIMessageChunk]:  # fmt: skip
-        """Stream the model's answer; holds a slot until the stream ends or is closed."""
+        """Stream the model's answer; holds a slot until the stream ends or is closed.
+
+        It may be read after the `aegis_scope` in which it was made.
+        """
+        return bound_here(self._astreamed(input, config, stop, kwargs))
+
+    async def _astreamed(
+        self, input: LanguageModelInput, config: RunnableConfig | None, stop: list[str] | None, kwargs: dict[str, Any]
+    ) -> AsyncIterator[AIMessageChunk]:
         base = cast("AsyncGenerator[AIMessageChunk]", super().astream(input, config, stop=stop, **kwargs))
         async with contextlib.aclosing(base):
             if not self._should_stream(async_api=True, **{**kwargs, "stream": True}):
@@ -311,7 +328,11 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
         if canonical is None or (self.admission.full and not _flights.flies(canonical)):
             return None  # the second: it will be refused, and that has to be quick
         asker = whose(entry.config)
-        return None if asker is None else (canonical, self._model_key(params, stop, kwargs), asker)
+        if asker is None:
+            return None
+        # Whoever was looked up after an invalidation must not join a call that began before it.
+        seen = last_lookup() if self._has_cache() else ""
+        return canonical, self._model_key(params, stop, kwargs), asker, seen
 
     def _model_key(self, params: Mapping[str, Any], stop: list[str] | None, kwargs: Mapping[str, Any]) -> Hashable:
         """Return a value that is equal only for models and options that give the same answers."""

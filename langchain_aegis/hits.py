@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Self
 from uuid import uuid4
 
+from langchain_core.caches import BaseCache
 from langchain_core.callbacks import (
     AsyncCallbackHandler,
     AsyncCallbackManagerForLLMRun,
     BaseCallbackHandler,
     CallbackManagerForLLMRun,
 )
+from langchain_core.globals import get_llm_cache
 from langchain_core.language_models._compat_bridge import chunks_to_events
 from langchain_core.language_models.base import LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
@@ -23,8 +24,9 @@ from langchain_core.utils.utils import LC_ID_PREFIX
 from langchain_ollama.chat_models import ChatOllama
 from pydantic import PrivateAttr
 
-from langchain_aegis.replays import as_chunks, consulted_by_core, freshen
-from langchain_aegis.scope import seen_config
+from langchain_aegis.errors import AegisError
+from langchain_aegis.replays import as_chunks, consulted_by_core, dumped, freshen
+from langchain_aegis.scope import bound_here, seen_config
 
 
 class CachedChat(ChatOllama):
@@ -58,7 +60,14 @@ class CachedChat(ChatOllama):
         **kwargs: Any,
     ) -> ChatResult:
         with consulted_by_core(self):
-            return super()._generate_with_cache(messages, stop, run_manager, **kwargs)
+            try:
+                return super()._generate_with_cache(messages, stop, run_manager, **kwargs)
+            except AegisError as exc:
+                told = {"async_api": False, "run_manager": run_manager, **kwargs}
+                if (old := self._stale(exc, messages, stop, told, kwargs)) is None:
+                    raise
+                self._replay_v2_events_for_cache_hit(old, run_manager=run_manager, **kwargs)
+                return ChatResult(generations=old)
 
     async def _agenerate_with_cache(
         self,
@@ -68,7 +77,26 @@ class CachedChat(ChatOllama):
         **kwargs: Any,
     ) -> ChatResult:
         with consulted_by_core(self):
-            return await super()._agenerate_with_cache(messages, stop, run_manager, **kwargs)
+            try:
+                return await super()._agenerate_with_cache(messages, stop, run_manager, **kwargs)
+            except AegisError as exc:
+                told = {"async_api": True, "run_manager": run_manager, **kwargs}
+                if (old := self._stale(exc, messages, stop, told, kwargs)) is None:
+                    raise
+                await self._areplay_v2_events_for_cache_hit(old, run_manager=run_manager, **kwargs)
+                return ChatResult(generations=old)
+
+    def _stale(
+        self, exc: AegisError, messages: list[BaseMessage], stop: list[str] | None, told: dict[str, Any],
+        options: dict[str, Any],
+    ) -> list[ChatGeneration] | None:  # fmt: skip
+        """Return an old answer that the cache gives when the model cannot: it looked for one a moment ago."""
+        if not exc.retryable or self._should_stream(**told) or self._should_use_protocol_streaming(**told):
+            return None  # a stream may have begun already
+        cache = self.cache if isinstance(self.cache, BaseCache) else get_llm_cache()
+        give = None if self.cache is False else getattr(cache, "stale_answer", None)
+        old = give(dumped(messages), self._get_llm_string(stop=stop, **options)) if give is not None else None
+        return None if old is None else self._convert_cached_generations(old)
 
     def _replay_v2_events_for_cache_hit(
         self, generations: list[ChatGeneration], *, run_manager: CallbackManagerForLLMRun | None, **kwargs: Any
@@ -120,23 +148,27 @@ class CachedChat(ChatOllama):
         with seen_config(config):
             return await super().ainvoke(input, config, stop=stop, **kwargs)
 
+    # The copy shows its config to the cache by itself: a ContextVar set in a generator would reach the caller's code.
+
     def stream(
         self, input: LanguageModelInput, config: RunnableConfig | None = None, *, stop: list[str] | None = None,
         **kwargs: Any,
     ) -> Iterator[AIMessageChunk]:  # fmt: skip
-        """Yield the model's answer as it comes; a cached one comes in pieces too."""
-        # The copy shows its config to the cache by itself: a ContextVar set in here would reach the caller's code.
-        yield from super(CachedChat, self._showing(config)).stream(input, config, stop=stop, **kwargs)
+        """Return an iterator over the model's answer as it comes; a cached one comes in pieces too.
 
-    async def astream(
+        It may be read after the `aegis_scope` in which it was made.
+        """
+        return bound_here(super(CachedChat, self._showing(config)).stream(input, config, stop=stop, **kwargs))
+
+    def astream(
         self, input: LanguageModelInput, config: RunnableConfig | None = None, *, stop: list[str] | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[AIMessageChunk]:  # fmt: skip
-        """Yield the model's answer as it comes; a cached one comes in pieces too."""
-        stream = super(CachedChat, self._showing(config)).astream(input, config, stop=stop, **kwargs)
-        async with contextlib.aclosing(stream) as chunks:  # type: ignore[type-var] # an async generator
-            async for chunk in chunks:
-                yield chunk
+        """Return an async iterator over the model's answer as it comes; a cached one comes in pieces too.
+
+        It may be read after the `aegis_scope` in which it was made.
+        """
+        return bound_here(super(CachedChat, self._showing(config)).astream(input, config, stop=stop, **kwargs))
 
     def stream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         """Stream the events of a call; see LangChain's `stream_events`."""
@@ -144,7 +176,8 @@ class CachedChat(ChatOllama):
 
     def astream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         """Stream the events of a call; see LangChain's `astream_events`."""
-        return super(CachedChat, self._showing(config)).astream_events(input, config, **kwargs)
+        events = super(CachedChat, self._showing(config)).astream_events(input, config, **kwargs)
+        return bound_here(events) if isinstance(events, AsyncIterator) else events
 
     def _showing(self, config: RunnableConfig | None) -> Self:
         if not (config and config.get("configurable")):

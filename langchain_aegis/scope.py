@@ -7,61 +7,36 @@ question inside a long prompt, the documents that an answer rests on) is told wi
 from __future__ import annotations
 
 import contextlib
+import sys
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, get_args, overload
+from typing import Any, Self, TypeVar, get_args, overload
 
 from langchain_aegis.errors import AegisConfigError
+from langchain_aegis.nesting import (
+    NO_FRAME,
+    CacheUse,
+    Entered,
+    Frame,
+    Sources,
+    frame_of_caller,
+    in_force,
+    is_doubtful,
+    kept,
+    note_tenant,
+    scopes,
+    take_out,
+)
+from langchain_aegis.nesting import Scope as Scope
+from langchain_aegis.nesting import current as current
+from langchain_aegis.nesting import tenants_named as tenants_named
 from langchain_aegis.notices import warn_once
 
 T = TypeVar("T")
-CacheUse = Literal["use", "refresh", "off"]
 
-
-class Sources:
-    """Ids of the documents that an answer rests on; adding to an inner scope's set adds to the outer ones' too."""
-
-    __slots__ = ("_ids", "_outer")
-
-    def __init__(self, ids: Iterable[str] = (), outer: Sources | None = None) -> None:
-        self._ids = set(ids)  # set.add and set.update are atomic under the GIL
-        self._outer = outer
-
-    def add(self, *ids: str) -> None:
-        """Add `ids` here and in every outer scope."""
-        self._ids.update(ids)
-        if self._outer is not None:
-            self._outer.add(*ids)
-
-    def ids(self) -> frozenset[str]:
-        """Return what has been added so far."""
-        return frozenset(self._ids)
-
-
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """What `aegis_scope` said about the calls inside it; None where it said nothing."""
-
-    tenant: str | None = None
-    user: str | None = None
-    task: str | None = None
-    question: str | None = None
-    ttl_s: float | None = None
-    cache: CacheUse = "use"
-    sources: Sources | None = field(default=None, compare=False)
-
-
-_NO_SCOPE = Scope()
-_scope: ContextVar[Scope] = ContextVar("aegis_scope", default=_NO_SCOPE)
 _config: ContextVar[Mapping[str, Any] | None] = ContextVar("aegis_config", default=None)
-
-
-def current() -> Scope:
-    """Return the scope that is in force here."""
-    return _scope.get()
 
 
 class _Wrap:
@@ -84,7 +59,10 @@ class _Bind:
 
         For a generator that is handed to a web framework and read after the `with` block has ended.
         """
-        scope = self._scope.combined()
+        made = self._scope._made(NO_FRAME)
+        scope = kept(made, doubtful=made.doubtful)
+        if scope.scope.tenant is not None:
+            note_tenant()
         return _wrap_async(stream, scope) if isinstance(stream, AsyncIterator) else _wrap_sync(stream, scope)
 
 
@@ -92,7 +70,9 @@ class aegis_scope:  # used like a function: `with aegis_scope(tenant="acme"): ..
     """Say whose calls the ones inside are; use with `with` or `async with`.
 
     Scopes nest: an inner one changes only what it names. Leaving one never raises, even in another task than the
-    one that entered it (a generator may be closed anywhere).
+    one that entered it (a generator may be closed anywhere); what is around it is then in force again. A call that
+    may be another's, because generators that hold scopes of several tenants or users are read in turn, bypasses the
+    cache: `wrap` such generators.
 
     Args:
         tenant: Whose data this is. Answers never cross tenants.
@@ -107,7 +87,7 @@ class aegis_scope:  # used like a function: `with aegis_scope(tenant="acme"): ..
         AegisConfigError: A value is empty, blank or of the wrong type.
     """
 
-    __slots__ = ("_changes", "_sources", "_tokens")
+    __slots__ = ("_changes", "_entered", "_sources")
 
     def __init__(
         self,
@@ -135,21 +115,57 @@ class aegis_scope:  # used like a function: `with aegis_scope(tenant="acme"): ..
             changes["cache"] = cache
         self._changes = changes
         self._sources = _check_ids(sources or ())
-        self._tokens: list[Token[Scope]] = []
+        self._entered: list[tuple[Entered, Token[Entered | None]]] = []
 
-    def combined(self) -> Scope:
-        """Return the scope in force here with this one's changes."""
-        outer = _scope.get()
-        return replace(outer, **self._changes, sources=Sources(self._sources, outer.sources))
+    def _made(self, frame: Frame) -> Entered:
+        outer, missing = in_force(), frozenset[str]()
+        if outer is not None and outer.lost:
+            missing, outer = outer.own_missing, outer.outer
+        around = None if outer is None else outer.scope.sources
+        made = Entered(self._changes, Sources(self._sources, around), outer, frame, missing)
+        made.doubtful = is_doubtful(outer) and not made.names_all()
+        return made
 
     def __enter__(self) -> Self:
-        self._tokens.append(_scope.set(self.combined()))
+        made = self._made(frame_of_caller(globals()))
+        if "tenant" in self._changes:
+            note_tenant()
+        self._entered.append((made, scopes.set(made)))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _leave(_scope, self._tokens.pop())
+        top = scopes.get()
+        left, token = self._entered_below(top)
+        try:
+            scopes.reset(token)
+        except ValueError:  # another context than it was entered in: there it stays, and must not count
+            left.lost = True
+            if top is left:
+                scopes.set(left.outer)
+            return
+        while top is not left and top is not None and top.lost:
+            top = top.outer
+        if top is not left:  # generators are not left in turn
+            take_out(left, top)
+            scopes.set(top)
+        elif (around := scopes.get()) is not left.outer:  # what was around it has been left meanwhile
+            if around is not None and around.lost:
+                around.outer = left.outer
+                around.own_missing |= left.own_missing
+            else:
+                scopes.set(left.outer)
+
+    def _entered_below(self, top: Entered | None) -> tuple[Entered, Token[Entered | None]]:
+        """Take back the innermost of what this one entered here; it may be shared by several tasks."""
+        while top is not None:
+            for one in reversed(self._entered):
+                if one[0] is top:
+                    self._entered.remove(one)
+                    return one
+            top = top.outer
+        return self._entered.pop()
 
     async def __aenter__(self) -> Self:
         return self.__enter__()
@@ -171,7 +187,7 @@ def aegis_sources(*ids: str) -> None:
         AegisConfigError: An id is empty or not a string.
     """
     checked = _check_ids(ids)
-    sources = _scope.get().sources
+    sources = current().sources
     if sources is None:
         warn_once(
             "sources_outside_scope", "aegis_sources() outside an aegis_scope has no effect; open one around the graph"
@@ -181,61 +197,115 @@ def aegis_sources(*ids: str) -> None:
 
 
 class seen_config:
-    """Show the cache the config of a direct call such as `model.invoke(x, config)`, which LangChain hides from it."""
+    """Show the cache the config of a direct call such as `model.invoke(x, config)`, which LangChain hides from it.
 
-    __slots__ = ("_mapping", "_token")
+    What is in force in the caller's own task stays in force inside, where LangChain goes on in tasks of its own.
+    """
+
+    __slots__ = ("_mapping", "_scope_token", "_token")
 
     def __init__(self, config: Mapping[str, Any] | None) -> None:
         self._mapping = (config or {}).get("configurable") or None
         self._token: Token[Mapping[str, Any] | None] | None = None
+        self._scope_token: Token[Entered | None] | None = None
 
     def __enter__(self) -> Self:
         if self._mapping is not None:
             self._token = _config.set(self._mapping)
+        top = in_force()
+        if top is not None and top.mixed:
+            self._scope_token = scopes.set(kept(top, doubtful=is_doubtful(top)))
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._token is not None:
             _leave(_config, self._token)
+        if self._scope_token is not None:
+            _leave(scopes, self._scope_token)
+
+
+@overload
+def bound_here(stream: AsyncIterator[T]) -> AsyncIterator[T]: ...
+@overload
+def bound_here(stream: Iterator[T]) -> Iterator[T]: ...
+def bound_here(stream: AsyncIterator[T] | Iterator[T]) -> AsyncIterator[T] | Iterator[T]:
+    """Return `stream` with every step run in the scope in force here, if that names a tenant or a user.
+
+    For what is made inside a `with` block and read after it. Elsewhere the stream is whose first reader's it is.
+    """
+    top = in_force()
+    if top is None or (top.scope.tenant is None and top.scope.user is None and not top.missing):
+        return stream
+    alone = kept(top, doubtful=is_doubtful(top))
+    return _wrap_async(stream, alone) if isinstance(stream, AsyncIterator) else _wrap_sync(stream, alone)
 
 
 def who(tenant_key: str | None, user_key: str | None) -> tuple[str | None, str | None]:
     """Return tenant and user of the call that runs here.
 
     The first that names one wins: `aegis_scope`, the config of the call itself, LangGraph's runtime context, the
-    `configurable` of the run around it.
+    `configurable` of the run around it. None of the others may name another one than `aegis_scope` does.
 
     Raises:
-        AegisConfigError: A place names one that is empty or no id; the cache must then not be used.
+        AegisConfigError: A place names one that is empty, no id, or not the scope's; the scope may be somebody
+            else's; or the one that named it was lost. The cache must then not be used.
     """
-    scope = _scope.get()
-    tenant, user = scope.tenant, scope.user
-    if (tenant is not None or not tenant_key) and (user is not None or not user_key):
-        return tenant, user
-    for place in _places():
-        if tenant is None and tenant_key:
-            tenant = _identity(place, tenant_key)
-        if user is None and user_key:
-            user = _identity(place, user_key)
+    top = in_force()
+    places = _places()
+    if top is None:
+        return _told("tenant", None, tenant_key, places), _told("user", None, user_key, places)
+    if (top.mixed or top.doubtful) and is_doubtful(top):
+        problem = (
+            "generators that hold an aegis_scope of several tenants or users are read in turn, and whose call this is "
+            "cannot be told; bind each with aegis_scope(...).wrap(generator)"
+        )
+        warn_once("mixed_scopes", problem)
+        raise AegisConfigError(problem)
+    tenant, user = top.scope.tenant, top.scope.user
+    if places:
+        tenant, user = _told("tenant", tenant, tenant_key, places), _told("user", user, user_key, places)
+    if top.missing and ((tenant is None and "tenant" in top.missing) or (user is None and "user" in top.missing)):
+        raise AegisConfigError(
+            "the aegis_scope that named one here was left in another task; bind generators with aegis_scope.wrap"
+        )
     return tenant, user
 
 
-def _places() -> Iterator[Any]:
-    import sys
+def _told(what: str, scoped: str | None, key: str | None, places: list[Any]) -> str | None:
+    if not key:
+        return scoped
+    for place in places:
+        named = _identity(place, key)
+        if named is None:
+            continue
+        if scoped is None:
+            return named
+        if named != scoped:
+            raise AegisConfigError(
+                f"aegis_scope names one {what}, and {key!r} in the config or context of the run another; name the same "
+                "one, or enter the scope where the run starts"
+            )
+    return scoped
 
-    if (seen := _config.get()) is not None:
-        yield seen
+
+def _places() -> list[Any]:
+    """Return what may name tenant and user of the call that runs here, the nearest first."""
+    seen = _config.get()
+    places: list[Any] = [] if seen is None else [seen]
+    core = sys.modules.get("langchain_core.runnables.config")
+    config = None if core is None else core.var_child_runnable_config.get()
+    if not config:
+        return places
     if (runtime := sys.modules.get("langgraph.runtime")) is not None:
         try:
             context = runtime.get_runtime().context
         except (RuntimeError, KeyError, AttributeError):
             context = None  # not inside a graph
         if context is not None:
-            yield context
-    from langchain_core.runnables.config import var_child_runnable_config
-
-    if (config := var_child_runnable_config.get()) and (configurable := config.get("configurable")):
-        yield configurable
+            places.append(context)
+    if configurable := config.get("configurable"):
+        places.append(configurable)
+    return places
 
 
 def _identity(place: Any, name: str) -> str | None:
@@ -265,33 +335,49 @@ def _leave(variable: ContextVar[Any], token: Token[Any]) -> None:
         variable.reset(token)
 
 
-def _wrap_sync(stream: Iterator[T], scope: Scope) -> Iterator[T]:
+class _Steps:
+    """Around each step of a stream: its scopes are in force inside, those it entered too, and never outside."""
+
+    __slots__ = ("_scope", "_token")
+
+    def __init__(self, scope: Entered) -> None:
+        self._scope: Entered | None = scope
+
+    def __enter__(self) -> None:
+        self._token = scopes.set(self._scope)
+
+    def __exit__(self, *_: object) -> None:
+        self._scope = scopes.get()
+        _leave(scopes, self._token)
+
+
+def _wrap_sync(stream: Iterator[T], scope: Entered) -> Iterator[T]:
+    step = _Steps(scope)
     try:
         while True:
-            token = _scope.set(scope)
-            try:
-                item = next(stream)
-            except StopIteration:
-                return
-            finally:
-                _leave(_scope, token)
+            with step:
+                try:
+                    item = next(stream)
+                except StopIteration:
+                    return
             yield item
     finally:
         if (close := getattr(stream, "close", None)) is not None:
-            close()
+            with step:
+                close()
 
 
-async def _wrap_async(stream: AsyncIterator[T], scope: Scope) -> AsyncIterator[T]:
+async def _wrap_async(stream: AsyncIterator[T], scope: Entered) -> AsyncIterator[T]:
+    step = _Steps(scope)
     try:
         while True:
-            token = _scope.set(scope)
-            try:
-                item = await anext(stream)
-            except StopAsyncIteration:
-                return
-            finally:
-                _leave(_scope, token)
+            with step:
+                try:
+                    item = await anext(stream)
+                except StopAsyncIteration:
+                    return
             yield item
     finally:
         if (aclose := getattr(stream, "aclose", None)) is not None:
-            await aclose()
+            with step:
+                await aclose()
