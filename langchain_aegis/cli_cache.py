@@ -5,9 +5,11 @@ Imports of the library stand inside the commands, so that `aegis --help` starts 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
     from langchain_aegis.cache import AegisSemanticCache
     from langchain_aegis.calibration import Calibration, Served, Share
+    from langchain_aegis.results import Explanation
+    from langchain_aegis.transfer import Carried
 
 cache_app = typer.Typer(
     help="Look at the cached answers of a Redis, remove them, or measure what may be served.", no_args_is_help=True
@@ -30,6 +34,13 @@ OllamaUrl = Annotated[str | None, typer.Option(help="Default: OLLAMA_BASE_URL.")
 Namespace = Annotated[str | None, typer.Option(help="First part of the names in Redis. Default: AEGIS_NAMESPACE.")]
 
 _FEW = 0.1  # share of a language's paraphrases below which it is as good as not cached by meaning
+_OP_BUDGET_S, _EMBED_BUDGET_S = 5.0, 60.0
+_RULES = {
+    "traps": "more traps would be served",
+    "exposure": "more traps would reach the guards than with all-minilm-l6-v2",
+    "unrelated": "unrelated questions would reach the guards",
+    "lowest": "no threshold is lower",
+}
 _LANGUAGES = {"en": "English", "de": "German"}
 
 
@@ -50,16 +61,113 @@ def stats(redis_url: RedisUrl = None, namespace: Namespace = None, as_json: Json
 
 
 @cache_app.command()
+def inspect(
+    task: Annotated[str | None, typer.Option(help="Only answers of this task.")] = None,
+    limit: Annotated[int, typer.Option(help="List so many at most, the newest first.", min=0)] = 20,
+    redis_url: RedisUrl = None,
+    namespace: Namespace = None,
+    as_json: Json = False,
+) -> None:
+    """List what can be served: age, time to live, size, task; questions only if the cache keeps them. No answers."""
+    with _cache(redis_url, namespace) as cache:
+        found = sorted((e for e in cache.entries() if task is None or e.task == task), key=lambda e: (e.age_s, e.key))
+    totals = {
+        "entries": len(found),
+        "by_meaning": sum(entry.by_meaning for entry in found),
+        "bytes": sum(entry.bytes for entry in found),
+        "tasks": dict(sorted(Counter(entry.task for entry in found).items())),
+    }
+    if as_json:
+        print_json({**totals, "newest": [asdict(entry) for entry in found[:limit]]})
+        return
+    _print_table(totals)
+    row = "{:<32} {:<9} {:>9} {:>9} {:>9} {:>7}  {:<12} {}".format
+    if found[:limit]:
+        print()
+        print(row("key", "tier", "age s", "ttl s", "bytes", "sources", "task", "question").rstrip())
+    for entry in found[:limit]:
+        tier = "meaning" if entry.by_meaning else "exact"
+        numbers = f"{entry.age_s:.0f}", f"{entry.ttl_s:.0f}", entry.bytes, entry.sources
+        print(row(entry.key, tier, *numbers, _line(entry.task), _line(entry.question)).rstrip())
+
+
+@cache_app.command()
+def explain(
+    question: Annotated[str, typer.Argument(help="What is asked.")],
+    pipeline: Annotated[
+        str | None, typer.Option(help="As given to get_or_generate. Default: compare with questions of any scope.")
+    ] = None,
+    version: Annotated[str, typer.Option(help="As given to get_or_generate.")] = "",
+    tenant: Annotated[str | None, typer.Option(help="Whose call it is.")] = None,
+    user: Annotated[str | None, typer.Option(help="Whose call it is.")] = None,
+    task: Annotated[str | None, typer.Option(help="Its task.")] = None,
+    redis_url: RedisUrl = None,
+    namespace: Namespace = None,
+    as_json: Json = False,
+) -> None:
+    """Say what the cache would do with a question, and why. Nothing is counted or changed.
+
+    Exit code: 0 it would answer, 1 it would not.
+    """
+    from langchain_aegis.scope import aegis_scope
+
+    with _cache(redis_url, namespace) as cache, aegis_scope(tenant=tenant, user=user, task=task):
+        found = cache.explain(question, pipeline=pipeline, version=version)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        _print_explanation(found)
+    raise typer.Exit(0 if found.decision in ("exact", "semantic") else 1)
+
+
+@cache_app.command()
 def invalidate(
     source: Annotated[list[str] | None, typer.Option(help="Answers that rest on it; may be repeated.")] = None,
-    tenant: Annotated[str | None, typer.Option(help="Answers of this tenant.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Answers of this tenant; also together with another.")] = None,
     user: Annotated[str | None, typer.Option(help="Answers of this user.")] = None,
+    task: Annotated[str | None, typer.Option(help="Answers of this task.")] = None,
+    model: Annotated[str | None, typer.Option(help='Answers of this model, or of "pipeline:NAME".')] = None,
+    older_than_s: Annotated[
+        float | None, typer.Option("--older-than-s", help="Answers that were made longer ago, in seconds.")
+    ] = None,
+    near: Annotated[
+        str | None, typer.Option(help="Answers to questions as near to this one as a hit has to be.")
+    ] = None,
     redis_url: RedisUrl = None,
     namespace: Namespace = None,
 ) -> None:
-    """Remove answers; none of them is served any more when this returns."""
+    """Remove answers; none of them is served any more when this returns.
+
+    Name one of the options, alone or together with --tenant. With --older-than-s the answers are counted in the
+    background, and not here.
+    """
     with _cache(redis_url, namespace) as cache:
-        print(cache.invalidate(sources=source or None, tenant=tenant, user=user), "removed")
+        removed = cache.invalidate(
+            sources=source or None,
+            tenant=tenant,
+            user=user,
+            task=task,
+            model=model,
+            older_than_s=older_than_s,
+            near=near,
+        )
+    print(removed, "removed")
+
+
+@cache_app.command(context_settings={"ignore_unknown_options": True})  # an id may begin with "-"
+def report_wrong(
+    lookup_id: Annotated[str, typer.Argument(help="The lookup_id among the marks of the cached answer.")],
+    redis_url: RedisUrl = None,
+    namespace: Namespace = None,
+) -> None:
+    """Remove an answer that was wrong, and never serve it again for the question that got it.
+
+    Exit code: 0 it was there, 1 it was gone already.
+    """
+    with _cache(redis_url, namespace) as cache:
+        removed = cache.report_wrong(lookup_id)
+    print("removed" if removed else "it was gone already")
+    raise typer.Exit(0 if removed else 1)
 
 
 @cache_app.command()
@@ -74,6 +182,51 @@ def clear(
             typer.confirm(f"Remove every answer of namespace {cache.settings.namespace}?", abort=True, err=True)
         cache.clear()
         print("cleared", cache.settings.namespace)
+
+
+@cache_app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="Written anew; only its owner can read it.")],
+    redis_url: RedisUrl = None,
+    namespace: Namespace = None,
+) -> None:
+    """Write every answer that can be served to a file: in clear, each signed."""
+    with _cache(redis_url, namespace) as cache, _files():
+        print(cache.export(file), "exported")
+
+
+@cache_app.command(name="import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="What `export` wrote, under the same secret and namespace.")],
+    redis_url: RedisUrl = None,
+    namespace: Namespace = None,
+    as_json: Json = False,
+) -> None:
+    """Take the answers of an exported file in; what was invalidated since stays so.
+
+    Exit code: 0 all were taken, 1 some were not.
+    """
+    with _cache(redis_url, namespace) as cache, _files():
+        _print_carried(cache.import_(file), "imported", as_json)
+
+
+@cache_app.command()
+def warm(
+    file: Annotated[
+        Path, typer.Argument(help="JSON lines: question, answer; also sources, tenant, user, task, ttl_s.")
+    ],
+    pipeline: Annotated[str, typer.Option(help="As given to get_or_generate.")],
+    version: Annotated[str, typer.Option(help="As given to get_or_generate.")] = "",
+    redis_url: RedisUrl = None,
+    namespace: Namespace = None,
+    as_json: Json = False,
+) -> None:
+    """Put answers that are known beforehand into a pipeline's cache.
+
+    Exit code: 0 all were taken, 1 some were not.
+    """
+    with _cache(redis_url, namespace) as cache, _files():
+        _print_carried(cache.warm(_rows(file), pipeline=pipeline, version=version), "stored", as_json)
 
 
 @cache_app.command()
@@ -140,7 +293,40 @@ def print_json(value: Any) -> None:
 def _cache(redis_url: str | None, namespace: str | None) -> AegisSemanticCache:
     from langchain_aegis.cache import AegisSemanticCache
 
-    return AegisSemanticCache(redis_url, namespace=namespace)
+    # Nobody's call waits for this: a slow Redis or a cold embedder shall still answer.
+    return AegisSemanticCache(redis_url, namespace=namespace, op_budget_s=_OP_BUDGET_S, embed_budget_s=_EMBED_BUDGET_S)
+
+
+@contextlib.contextmanager
+def _files() -> Iterator[None]:
+    """Say in one line what is wrong with a file."""
+    from langchain_aegis.errors import AegisConfigError
+
+    try:
+        yield
+    except OSError as exc:
+        if exc.filename is None:  # of no file: a fault of something else
+            raise
+        raise AegisConfigError(f"{exc.filename}: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise AegisConfigError("the file is no UTF-8 text") from exc
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file of JSON lines."""
+    from langchain_aegis.errors import AegisConfigError
+
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as exc:
+                raise AegisConfigError(f"{file}, line {number} is no JSON") from exc
+            if not isinstance(row, dict):
+                raise AegisConfigError(f"{file}, line {number} is no JSON object")
+            yield row
 
 
 def _embeddings(model: str | None, ollama_url: str | None, minilm: bool) -> Embeddings:
@@ -205,6 +391,10 @@ def _print_calibration(found: Calibration) -> None:
         print(_row(row, mode, f"{figures.threshold:.4f}", figures.served, figures.bound_by))
         for lang, one in figures.by_language.items():
             print(_row(row, f"  {_LANGUAGES.get(lang, lang)}", "", one, ""))
+    print()
+    for rule in dict.fromkeys(figures.bound_by for figures in found.modes.values()):
+        print(f"set by {rule}: below, {_RULES[rule]}")
+    print("The guards were developed with these pairs: of other traps they let more pass.")
 
 
 def _row(row: Any, name: str, threshold: str, one: Served, bound_by: str) -> str:
@@ -215,6 +405,38 @@ def _row(row: Any, name: str, threshold: str, one: Served, bound_by: str) -> str
 def _share(share: Share) -> str:
     low, high = share.interval()
     return f"{share.count} of {share.of} [{low:.1%}, {high:.1%}]"
+
+
+def _print_explanation(found: Explanation) -> None:
+    reasons = f" ({', '.join(found.reasons)})" if found.reasons else ""
+    print(f"{found.decision}{reasons}")
+    if found.embedder is not None and found.min_similarity is not None:
+        print(f"embedder {found.embedder}, served from {found.min_similarity:.3f}")
+    for near in found.candidates:
+        other = f", other {', '.join(near.differing)}" if near.differing else ""
+        verdict = ", ".join(near.reasons) or "may be served"
+        text = f' "{_line(near.question)}"' if near.question else ""
+        print(f"  {near.similarity:.3f}  {verdict}{other}, {near.age_s:.0f} s old{text}")
+    for code, meaning in found.meanings.items():
+        print(f"{code}: {meaning}")
+    if found.scopes:
+        print(found.scopes)
+
+
+def _print_carried(carried: Carried, what: str, as_json: bool) -> None:
+    if as_json:
+        print_json(asdict(carried))
+    else:
+        print(carried.taken, what)
+        for code, count in sorted(carried.left.items()):
+            print(f"{count} not: {code}")
+    raise typer.Exit(1 if carried.left else 0)
+
+
+def _line(text: str, most: int = 80) -> str:
+    """Return text of somebody else as one short line that a terminal shows as it is."""
+    plain = "".join(c if c.isprintable() else " " for c in text)
+    return plain if len(plain) <= most else f"{plain[: most - 1]}…"
 
 
 def _print_table(values: Mapping[str, Any]) -> None:

@@ -207,6 +207,135 @@ def test_invalidating_removes_the_answers_named(on, arguments):
     assert on("invalidate", *arguments) == (0, "0 removed\n", "")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "removed"),
+    [(["--task", "t"], 0), (["--model", "pipeline:p"], 2), (["--model", "pipeline:p", "--tenant", "b"], 1)],
+)
+def test_what_is_invalidated_may_be_named_in_many_ways(on, arguments, removed):
+    assert on("invalidate", *arguments) == (0, f"{removed} removed\n", "")
+
+
+def test_what_is_too_old_is_gone(cache, on):
+    exit_code, out, _ = on("invalidate", "--older-than-s", "0.0001")
+    assert exit_code == 0
+    assert out.endswith("removed\n")
+    assert list(cache.entries()) == []
+
+
+def test_invalidating_what_is_near_needs_an_embedder(on):
+    exit_code, out, err = on("invalidate", "--near", "What is one?")
+    assert (exit_code, out) == (2, "")
+    assert "embedder" in err
+
+
+def test_inspecting_lists_entries_and_no_answers(cache, on):
+    exit_code, out, _ = on("inspect", "--json", "--limit", "1")
+    told = json.loads(out)
+    assert (exit_code, told["entries"], told["tasks"], len(told["newest"])) == (0, 2, {"": 2}, 1)
+    assert told["bytes"] == sum(entry.bytes for entry in cache.entries())
+    exit_code, out, _ = on("inspect")
+    assert exit_code == 0
+    assert all(entry.key in out for entry in cache.entries())
+    assert json.loads(on("inspect", "--task", "other", "--json")[1])["entries"] == 0
+
+
+def test_explaining_says_what_would_happen_to_whom(on):
+    mine = ["explain", "What is one?", "--pipeline", "p", "--tenant", "a"]
+    assert on(*mine)[:2] == (0, "exact\n")
+    exit_code, out, _ = on(*mine[:-1], "c", "--json")
+    told = json.loads(out)
+    assert (exit_code, told["decision"]) == (1, "miss")
+    assert set(told["reasons"]) <= set(told["meanings"])
+    exit_code, out, _ = on(*mine[:-1], "c")
+    assert exit_code == 1
+    assert out.startswith("miss (") and f"\n{told['reasons'][0]}: " in out
+
+
+def test_near_questions_are_shown_with_what_speaks_against_them(redis_url, minilm, monkeypatch):
+    from langchain_aegis import AegisSemanticCache
+
+    namespace = f"cli-{uuid.uuid4().hex[:8]}"
+    made = AegisSemanticCache(
+        redis_url, minilm, namespace=namespace, keep_questions=True, op_budget_s=10, embed_budget_s=30
+    )
+    monkeypatch.setattr(cli_cache, "_cache", lambda *_: made)
+    runner = CliRunner()
+    with made:
+        made.get_or_generate("How many users may the basic plan have?", lambda: "5", pipeline="p")
+        done = runner.invoke(cli.app, ["cache", "explain", "How many users may the basic plan not have?"])
+        assert done.exit_code == 1, done.output
+        assert '"How many users may the basic plan have?"' in done.stdout
+        assert "guard:negation" in done.stdout
+        done = runner.invoke(cli.app, ["cache", "explain", "How many users can the basic plan have?"])
+        assert done.exit_code == 0, done.output
+        assert "may be served" in done.stdout
+        done = runner.invoke(cli.app, ["cache", "invalidate", "--near", "How many users can the basic plan have?"])
+        assert (done.exit_code, done.stdout) == (0, "1 removed\n")
+
+
+def test_answers_are_carried_out_and_in(cache, on, tmp_path):
+    file = tmp_path / "answers.jsonl"
+    assert on("export", file) == (0, "2 exported\n", "")
+    assert file.stat().st_mode & 0o777 == 0o600
+    exit_code, out, _ = on("import", file, "--json")
+    assert (exit_code, json.loads(out)) == (0, {"taken": 2, "left": {}})
+    on("invalidate", "--tenant", "a")
+    exit_code, out, _ = on("import", file)
+    assert exit_code == 1
+    assert out.startswith("1 imported\n1 not: ")
+
+
+def test_known_answers_are_put_in_beforehand(cache, on, tmp_path):
+    file = tmp_path / "known.jsonl"
+    rows = [{"question": "What is three?", "answer": "3"}, {"question": "What is four?", "answer": "4", "tenant": "a"}]
+    file.write_text("\n\n".join(map(json.dumps, rows)))
+    with langchain_aegis.aegis_scope(tenant="a"):
+        assert on("warm", file, "--pipeline", "q")[0] in (0, 1)  # a call without a tenant may be refused here
+        assert cache.get_or_generate("What is four?", lambda: "new", pipeline="q") == "4"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "line 1"),
+        ("[1]", "line 1"),
+        ('{"question": "What is four?"}', "row 1"),
+        ("\udcff", "UTF-8"),
+        (None, "No such file"),
+    ],
+)
+def test_a_file_of_known_answers_that_cannot_be_read_is_said(on, tmp_path, text, says):
+    file = tmp_path / "known.jsonl"
+    if text is not None:
+        file.write_text(text, errors="surrogateescape")
+    exit_code, out, err = on("warm", file, "--pipeline", "q")
+    assert (exit_code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("aegis: ") and says in err
+
+
+def test_a_file_that_is_no_export_is_not_taken(on, tmp_path):
+    file = tmp_path / "other.jsonl"
+    file.write_text('{"question": "q"}\n')
+    assert on("import", file)[0] == 2
+    assert on("export", tmp_path / "none" / "x")[0] == 2
+
+
+def test_a_wrong_answer_is_reported_by_its_id(cache, on):
+    from langchain_core.messages import AIMessage
+
+    answer = AIMessage("2", response_metadata={"finish_reason": "stop"})
+    with langchain_aegis.aegis_scope(tenant="a"):
+        cache.get_or_generate("What is two?", lambda: answer, pipeline="p")
+        hit = cache.get_or_generate("What is two?", lambda: answer, pipeline="p")
+    lookup_id = langchain_aegis.was_cached(hit)["lookup_id"]
+    assert on("report-wrong", lookup_id) == (0, "removed\n", "")
+    assert on("report-wrong", lookup_id)[0] == 1
+    for unknown in ("x" * 40, "-" + "x" * 40):  # an id may begin so; it is no option
+        exit_code, out, err = on("report-wrong", unknown)
+        assert (exit_code, out) == (2, "")
+        assert "lookup_id" in err
+
+
 def test_clearing_asks_unless_told_not_to(cache, on, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     exit_code, out, err = on("clear")
