@@ -22,6 +22,7 @@ from langchain_aegis.notices import logger, warn_once
 from langchain_aegis.store import Store, Swept
 
 _PAUSE: Final = 2.0  # times as long as the server was busy: it has two thirds of its time for others
+_MOST_QUEUED: Final = 10.0  # where steps themselves have to wait, pauses grow by as much, up to so many times the step
 _LEAST_PAUSE_S: Final = 0.001
 _LOOK_AGAIN_S: Final = 0.25  # when another process is at it
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 10.0
@@ -117,12 +118,13 @@ class Sweeper:
     def _run(self) -> None:
         while (job := self._next()) is not None:
             swept: Swept | None = None
+            began = self._clock()
             try:
                 swept = run(job.store.sweep(job.token), job.connections.perform)
             except Exception as exc:  # nobody is there to catch it: it is counted, and tried again
                 self.failures += 1
                 logger.debug("a step of sweeping failed", exc_info=exc)
-            self._settle(job, swept)
+            self._settle(job, swept, self._clock() - began)
             del job  # a namespace that is done shall not be held while another one waits
 
     def _next(self) -> _Job | None:
@@ -138,7 +140,7 @@ class Sweeper:
             self._thread = None
             return None
 
-    def _settle(self, job: _Job, swept: Swept | None) -> None:
+    def _settle(self, job: _Job, swept: Swept | None, round_trip_s: float) -> None:
         """Decide when a job goes on, or that it is over."""
         with self._changed:
             self._running = None
@@ -156,7 +158,8 @@ class Sweeper:
                 self.removed += swept.removed
                 job.failures = 0
                 over = swept.state == "done" and not job.again
-                pause_s = max(_LEAST_PAUSE_S, _PAUSE * swept.took_s)
+                queued_s = min(max(0.0, round_trip_s - swept.took_s), _MOST_QUEUED * swept.took_s)
+                pause_s = max(_LEAST_PAUSE_S, _PAUSE * swept.took_s + queued_s)
                 if swept.state in ("busy", "later"):
                     pause_s = _LOOK_AGAIN_S
             job.stuck = swept is None or swept.state == "busy"

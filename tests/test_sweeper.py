@@ -15,7 +15,7 @@ from test_store import NOW, Kept, direction, name
 
 from langchain_aegis import forks
 from langchain_aegis.breaker import Unavailable
-from langchain_aegis.store import Invalidation
+from langchain_aegis.store import Invalidation, Store
 from langchain_aegis.sweeper import Sweeper, the_sweeper
 from langchain_aegis.vectors import pack
 
@@ -126,8 +126,6 @@ class Scripted:
 
 
 def swept_with(*replies):
-    from langchain_aegis.store import Store
-
     script = Scripted(*replies)
     sweeper = Sweeper(script.clock, script.wait)
     sweeper.wake(Store("any", b"m" * 32, "f00"), script)
@@ -139,6 +137,22 @@ def test_the_server_has_two_thirds_of_its_time_for_others():
     sweeper, script = swept_with([b"more", 3, 1500], [b"more", 1, 40_000], [b"more", 0, 0], [b"done", 0, 0])
     assert script.pauses == [0.003, 0.08, 0.001]
     assert sweeper.removed == 4
+
+
+def test_a_server_that_is_busy_is_asked_more_slowly():
+    """What a step took longer at the client than on the server, it has queued behind the others' commands."""
+    script = Scripted([b"more", 3, 2000], [b"more", 3, 2000], [b"done", 0, 0])
+    answer, round_trips = script.perform, [0.005, 9.0, 0.0]
+
+    def slow(step):
+        script.now += round_trips.pop(0)
+        return answer(step)
+
+    script.perform = slow
+    sweeper = Sweeper(script.clock, script.wait)
+    sweeper.wake(Store("any", b"m" * 32, "f00"), script)
+    assert sweeper.wait(10)
+    assert script.pauses == [0.004 + 0.003, 0.004 + 0.02]
 
 
 def test_failures_are_counted_and_tried_again_ever_more_slowly():
@@ -171,8 +185,6 @@ def test_waking_it_costs_the_caller_no_round_trip():
 
     script.perform = stuck
     sweeper = Sweeper()
-    from langchain_aegis.store import Store
-
     store = Store("any", b"m" * 32, "f00")
     sweeper.wake(store, script)
     assert entered.wait(10)
