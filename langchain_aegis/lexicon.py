@@ -335,7 +335,7 @@ class _Builder:
                 word.soft_negation = True
 
     def _questions(self, data: dict[str, str]) -> tuple[str, ...]:
-        codes = ["command", "yes_no", "possible", "units"]
+        codes = ["command", "yes_no", "possible", "units", "degree"]
         for language in self.tables:
             for form, code in _pairs(data[language]):
                 for word in self._add([form], (language,)):

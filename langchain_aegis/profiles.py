@@ -383,6 +383,10 @@ class _Reader:
         self.soft |= word.soft_negation
         if word.question:
             self._question(word.question)
+        elif (
+            self.question == "how" and word.number in lexicon().graded and self.forms[self.at - 1].low in ("how", "wie")
+        ):
+            self.question = "degree"  # "how quickly"
         if word.ordinal is not None:
             self.numbers.add(_digest(f"#{word.ordinal}", self.key))
         if word.direction == "convert":
