@@ -13,7 +13,7 @@ import hmac
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 from langchain_aegis.chunks import ChunkRule, Chunks, Part
@@ -43,6 +43,7 @@ _OWN_FORM = "aegis/1 "
 _UNREADABLE = "unreadable"
 _TOOL_FIELDS = frozenset({"tools", "functions", "tool_choice", "function_call"})
 _STRUCTURE_FIELDS = frozenset({"format", "response_format", "ls_structured_output_format", "structured_output"})
+_TELLING = frozenset({"system", "developer"})
 _PART_OF = {
     "stop": "stop",
     **dict.fromkeys(_MODEL_NAMES, "model"),
@@ -266,9 +267,18 @@ class Keyring:
             found = find_question(text, others=others, given=given, labels=self._labels)
         if isinstance(found, NoQuestion):
             return None, found.reason
-        instructions = [t for m in messages[:-1] if m.role == "system" and (t := m.text) is not None]
-        instructions += [text[: found.start], text[found.end :]]
-        return found, exact_only_reason(found.text, instructions=instructions)
+        reason = exact_only_reason(
+            found.text,
+            system=[t for m in messages[:-1] if m.role in _TELLING and (t := m.text) is not None],
+            around=[text[: found.start], text[found.end :]],
+            earlier=[
+                (asked.text or "", reply.text or "")
+                for asked, reply in pairwise(messages[:-1])
+                if asked.role == "human" and reply.role == "ai"
+            ],
+            marked=given is not None,
+        )
+        return found, reason
 
     def _found(self, text: str, find: FindQuestion) -> Question | NoQuestion:
         try:

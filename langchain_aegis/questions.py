@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 from langchain_aegis.lexicon import read
-
-_SHORT_INSTRUCTION = 300  # characters; in a longer one a lone verb may come from a retrieved document
+from langchain_aegis.tasks import Exchange, ends_with_label, is_payload, is_worked_on, normal, wants_answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +139,9 @@ _BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 _ANY_TAG = re.compile(r"</?[A-Za-z][\w-]*(?:\s[^<>]*)?>")
 
 
+_ONLY_A_LABEL = r"^[^\S\n]*(?:[#*]+[^\S\n]*)?[^\W\d_][\w /-]{0,30}:(?:\*\*)?[^\S\n]*$"
+
+
 @dataclass(frozen=True, slots=True)
 class _Marks:
     question: re.Pattern[str]
@@ -151,16 +153,23 @@ class _Marks:
 @lru_cache(maxsize=64)
 def _marks(labels: Labels) -> _Marks:
     """Return the patterns for `labels`."""
-    line = r"^[^\S\n]*(?:[>#*\-]+[^\S\n]*)?(?:{})(?:[^\S\n]*\#?\d+)?[^\S\n]*(?:\*\*)?[::](?:\*\*)?"
-    question = line.format(_either(labels.question))
-    other = line.format(_either((*labels.other, *labels.question)))
+    question = _line(_either(labels.question))
+    other = _line(_either((*labels.other, *labels.question)))
     flags = re.IGNORECASE | re.MULTILINE
     return _Marks(
         question=re.compile(question, flags),
         other=re.compile(other, flags),
         tag=re.compile(rf"<({_either(labels.tags)})>", re.IGNORECASE),
-        end=re.compile(rf"{other}|{_BLANK_LINE.pattern}|^[^\S\n]*(?:</?[A-Za-z]|\#|---|===)", flags),
+        end=re.compile(rf"{other}|{_BLANK_LINE.pattern}|^[^\S\n]*(?:</?[A-Za-z]|\#|---|===)|{_ONLY_A_LABEL}", flags),
     )
+
+
+def _line(words: str) -> str:
+    """Return a pattern for a line that begins with one of the words as a label: with a colon, or as a heading."""
+    number = r"(?:[^\S\n]*\#?\d+)?[^\S\n]*"
+    colon = rf"(?:[>#*\-]+[^\S\n]*)?(?:{words}){number}(?:\*\*)?[::](?:\*\*)?"
+    heading = rf"(?:\#{{1,6}}[^\S\n]+(?:\*\*)?|\*\*|__)(?:{words}){number}(?:\*\*|__)?[^\S\n]*$"
+    return rf"^[^\S\n]*(?:{colon}|{heading})"
 
 
 def _either(words: Iterable[str]) -> str:
@@ -169,69 +178,43 @@ def _either(words: Iterable[str]) -> str:
     return "|".join(re.escape(word).replace(r"\ ", r"\s+") for word in ordered) or r"(?!)"
 
 
-def exact_only_reason(question: str, *, instructions: Sequence[str] = ()) -> str | None:
+def exact_only_reason(
+    question: str,
+    *,
+    system: Sequence[str] = (),
+    around: Sequence[str] = (),
+    earlier: Sequence[Exchange] = (),
+    marked: bool = False,
+) -> str | None:
     """Return why this question must not be matched by meaning.
 
     Args:
         question: What would be embedded.
-        instructions: The system prompt and the text around the question.
+        system: The system prompts. One that nothing tells to be about answering counts as a task.
+        around: What stands before and after the question in its message.
+        earlier: What was said earlier, with the replies.
+        marked: The caller said which part of the prompt is the question.
 
     Returns:
         "not_a_question" (a text to be worked on, or one that asks nothing), "action" (something is to be done),
         "volatile" (the answer changes from hour to hour), or None if it may be matched.
     """
     rules = _rules()
-    text = _normal(question)
+    text = normal(question)
     begin = rules.fillers.match(text)
     bare = text[begin.end() :] if begin else text
-    if _is_payload(bare, rules) or any(_is_task(_normal(part)) for part in instructions):
+    if (
+        is_payload(bare)
+        or not wants_answer(system, around, marked=marked)
+        or (around and ends_with_label(around[-1]))
+        or is_worked_on(earlier)
+    ):
         return "not_a_question"
     if _is_action(bare, rules):
         return "action"
     if not _asks(bare, rules):
         return "not_a_question"
     return "volatile" if _is_volatile(bare, rules) else None
-
-
-def _normal(text: str) -> str:
-    return text.replace("’", "'").strip()
-
-
-def _is_payload(text: str, rules: _Rules) -> bool:
-    """Return whether the message itself says what to do with a text, or is program text."""
-    if _CODE.search(text):
-        return True
-    lead = rules.leads.match(text)
-    verb = rules.payload.match(text, lead.end() if lead else 0)
-    if verb is None:
-        return False
-    return not (text.endswith("?") and verb.group(0).lower() in rules.payload_nouns)
-
-
-@lru_cache(maxsize=256)
-def _is_task(text: str) -> bool:
-    """Return whether an instruction makes every message a text to be worked on.
-
-    Retrieved documents come through here too, so the words of the rules are looked at only where a sentence or a
-    clause begins with one of them.
-    """
-    rules = _rules()
-    low = text.lower()
-    if any(you in low for you in _YOU) and any(rules.roles.match(text, at.end()) for at in _YOU_ARE.finditer(text)):
-        return True
-    clauses = dict.fromkeys(_CLAUSE.split(low))
-    return any(
-        clause[:24].partition(" ")[0] in rules.first_words and _is_order(clause, rules) for clause in clauses
-    ) or (len(low) <= _SHORT_INSTRUCTION and any(_is_order(part, rules, lone=True) for part in _SENTENCE.split(low)))
-
-
-def _is_order(clause: str, rules: _Rules, *, lone: bool = False) -> bool:
-    """Return whether a clause orders to work on a text; a `lone` verb orders so without naming the text."""
-    lead = rules.leads.match(clause)
-    verb = rules.payload.match(clause, lead.end() if lead else 0)
-    if verb is None or rules.answers.search(clause):
-        return False
-    return len(clause.split()) <= 3 if lone else rules.objects.search(clause, verb.end()) is not None
 
 
 def _is_action(text: str, rules: _Rules) -> bool:
@@ -247,7 +230,7 @@ def _is_action(text: str, rules: _Rules) -> bool:
             wish.group(0).lower().startswith("i") or verb is wish or rules.personal.search(text, wish.end()) is not None
         )
     verb = rules.actions.match(text)
-    if verb is None or rules.requests.match(text):
+    if verb is None or rules.requests.match(text) or rules.things.match(text, verb.end()):
         return False
     return not text.endswith("?") or rules.determiners.match(text, verb.end()) is not None
 
@@ -257,7 +240,7 @@ def _asks(text: str, rules: _Rules) -> bool:
         return True
     lead = rules.leads.match(text)
     start = lead.end() if lead else 0
-    return bool(
+    return _is_keywords(text, rules) or bool(
         rules.openings.match(text)
         or rules.requests.match(text)
         or rules.requests.match(text, start)
@@ -265,18 +248,26 @@ def _asks(text: str, rules: _Rules) -> bool:
     )
 
 
+def _is_keywords(text: str, rules: _Rules) -> bool:
+    """Return whether this is what one types into a search box: a few words that make no sentence."""
+    words = text.split()
+    return 2 <= len(words) <= 9 and _PUNCTUATION.search(text) is None and rules.sentence.search(text) is None
+
+
 def _is_volatile(text: str, rules: _Rules) -> bool:
     text = rules.harmless.sub(" ", text)
+    if _HOW_TO.match(text):
+        text = _UPGRADE.sub(" ", text)
     return bool(rules.volatile.search(text) or rules.lower.search(text) or rules.current.search(text))
 
 
-_CODE = re.compile(
-    r"```|^\s*(?:select\s.+\sfrom|insert\s+into|def\s+\w+\(|class\s+\w+[:(]|import\s+\w+|#include)\b", re.I | re.M
+_HOW_TO = re.compile(
+    r"(?:how|wie)\s+(?:do|can|to|should|would|kann|kannst|können|bekomme|installiere|aktualisiere)\b", re.I
 )
-_SENTENCE = re.compile(r"[.!?:;\n]+[\s\d*-]*")
-_CLAUSE = re.compile(r"[.!?:;,\n]+[\s\d*-]*")
-_YOU = ("you are", "act as", "you're", "du bist", "agiere als", "handle als")
-_YOU_ARE = re.compile(rf"\b(?:{_either(_YOU)})\s+", re.I)
+_UPGRADE = re.compile(
+    r"\b(?:latest|newest|neueste\w*|aktuell\w*)\s+(?:\w+\s+)?(?:version|update|release|firmware)\b", re.I
+)
+_PUNCTUATION = re.compile(r"[.,;:!()<>\"“”„\n]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,17 +279,13 @@ class _Rules:
     openings: re.Pattern[str]
     requests: re.Pattern[str]
     inside: re.Pattern[str]
-    payload: re.Pattern[str]
-    payload_nouns: frozenset[str]
-    objects: re.Pattern[str]
-    roles: re.Pattern[str]
-    first_words: frozenset[str]  # of leads and payload verbs
-    answers: re.Pattern[str]
+    sentence: re.Pattern[str]
     actions: re.Pattern[str]
     wishes: re.Pattern[str]
     infinitives: re.Pattern[str]
     personal: re.Pattern[str]
     determiners: re.Pattern[str]
+    things: re.Pattern[str]
     asked_how: re.Pattern[str]
     volatile: re.Pattern[str]
     lower: re.Pattern[str]
@@ -308,31 +295,24 @@ class _Rules:
 
 @cache
 def _rules() -> _Rules:
-    asks, payload, volatile, action = (_DATA[name] for name in ("asks", "payload", "volatile", "action"))
+    asks, volatile, action = (_DATA[name] for name in ("asks", "volatile", "action"))
 
     def any_of(text: str, *, before: str = r"(?<!\w)", after: str = r"(?![\w'])", flags: int = re.I) -> re.Pattern[str]:
         return re.compile(f"{before}(?:{_either(text.split())}){after}", flags)
 
     return _Rules(
         fillers=re.compile(rf"(?:(?:{_either(asks['fillers'].split())})(?![\w'-])[\s,.!:;–-]*)+", re.I),
-        leads=re.compile(rf"(?:(?:{_either(payload['leads'].split())})(?!\w)[\s,:]*)+", re.I),
+        leads=re.compile(rf"(?:(?:{_either(asks['leads'].split())})(?!\w)[\s,:]*)+", re.I),
         openings=any_of(asks["openings"]),
         requests=any_of(asks["requests"]),
         inside=any_of(asks["inside"]),
-        payload=any_of(payload["verbs"]),
-        payload_nouns=frozenset(payload["nouns"].split()),
-        objects=any_of(payload["objects"]),
-        roles=re.compile(
-            rf"(?:an?\s+|the\s+|ein\w*\s+)?(?:[\w-]+\s+){{0,3}}?(?:{_either(payload['roles'].split())})\b",
-            re.I,
-        ),
-        first_words=frozenset(word.split()[0] for word in _words(f"{payload['leads']} {payload['verbs']}")),
-        answers=any_of(payload["answers"]),
+        sentence=any_of(asks["sentence"]),
         actions=any_of(action["verbs"]),
         wishes=any_of(action["wishes"], after=r"(?!\w)\s+(?:please\s+|bitte\s+)?"),
         infinitives=any_of(action["german_infinitives"]),
         personal=any_of(action["personal"]),
         determiners=any_of(action["determiners"], before=r"\s+"),
+        things=any_of(action["things"], before=r"\s+(?:[\w-]+\s+)?"),
         asked_how=any_of(action["asked_how"]),
         volatile=any_of(volatile["words"]),
         lower=any_of(volatile["lower"], flags=0),

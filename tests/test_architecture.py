@@ -16,14 +16,16 @@ ROOT = Path(langchain_aegis.__file__).parent
 # A module imports only from modules named before it; a package stands for all of its modules. Imports inside functions
 # and under TYPE_CHECKING count too.
 ORDER = [
-    "errors", "settings", "home", "notices", "scope", "loops", "breaker", "flows", "forks", "_compat",
-    "messages", "lexicon", "tokens", "profiles", "verification", "questions", "identity", "options", "chunks", "keys",
+    "errors", "settings", "home", "notices", "nesting", "scope", "stamps", "loops", "breaker", "flows", "forks",
+    "_compat", "messages", "lexicon", "tokens", "profiles", "verification", "tasks", "questions", "identity",
+    "options", "chunks", "keys",
     "entries", "answers", "replays", "hits", "vectors",
     "replies", "namespace", "scripts", "store", "connections", "sweeper",
     "attempts", "refusals", "ndjson", "client", "endpoint",
     "wakers", "tickets", "admission", "bulk", "flights", "calls", "forwarding", "servers",
-    "budgets", "embedder", "verifiers", "agreement", "shadow", "reasons", "lookup", "results", "counts", "scopes_seen", "cache_options", "reports",
-    "engine", "explain", "pipelines", "transfer", "pairs", "calibration",
+    "budgets", "embedder", "verifiers", "agreement", "shadow", "reasons", "lookup", "counts", "results",
+    "scopes_seen", "cache_options", "reports", "pairs", "calibration", "engine", "performer", "explain",
+    "invalidations", "pipelines", "transfer", "control",
     "embeddings", "chat_models", "batching_chat", "batching_embeddings", "runnables", "recached", "fleet", "routing",
     "router", "cache", "middleware",
     "ollama",

@@ -74,7 +74,7 @@ def test_what_stands_between_chunks_keeps_its_place():
 @pytest.mark.parametrize("changed", [{"before": "Use that."}, {"after": "Reply:"}, {"sep": "\n\n"}])
 def test_what_stands_around_chunks_counts(changed):
     assert key(rag("a", "b"), DOCS).scope != key(rag("a", "b", **changed), DOCS).scope
-    assert key(rag("a", "b"), DOCS, system="A").scope != key(rag("a", "b"), DOCS, system="B").scope
+    assert key(rag("a", "b"), DOCS, system="Help A.").scope != key(rag("a", "b"), DOCS, system="Help B.").scope
 
 
 def test_chunks_in_a_system_prompt_are_a_set_too():

@@ -143,7 +143,7 @@ def test_questions_and_requests_for_information_may_be_matched(text: str) -> Non
     ],
 )
 def test_instructions_to_answer_make_no_task(instruction: str) -> None:
-    assert exact_only_reason("How far is it?", instructions=["", instruction]) is None
+    assert exact_only_reason("How far is it?", system=["", instruction]) is None
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,8 @@ def test_instructions_to_answer_make_no_task(instruction: str) -> None:
     ],
 )
 def test_a_task_in_the_instructions_makes_every_text_a_payload(instruction: str) -> None:
-    assert exact_only_reason("How far is it?", instructions=[instruction]) == "not_a_question"
+    assert exact_only_reason("How far is it?", system=[instruction]) == "not_a_question"
+    assert exact_only_reason("How far is it?", around=[f"{instruction}\nQuestion: "]) == "not_a_question"
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_a_task_in_the_instructions_makes_every_text_a_payload(instruction: str)
         "Translate: Where is the station?",
         "Please correct this sentence: She go home.",
         "Can you proofread this letter?",
-        "Summarise the minutes of the last meeting",
+        "Summarise this: the meeting was long",
         "Write a function that sorts a list",
         "Schreibe ein Gedicht über Regen",
         "Übersetze das ins Englische",
@@ -224,4 +225,9 @@ def test_what_is_to_be_done_is_an_action(text: str) -> None:
 
 @given(st.text(max_size=200), st.text(max_size=200))
 def test_any_text_is_judged(text: str, instruction: str) -> None:
-    assert exact_only_reason(text, instructions=[instruction]) in {None, "not_a_question", "action", "volatile"}
+    assert exact_only_reason(text, system=[instruction], around=[instruction], earlier=[(text, instruction)]) in {
+        None,
+        "not_a_question",
+        "action",
+        "volatile",
+    }
