@@ -24,6 +24,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import RunnableConfig
 from langchain_core.tracers.base import AsyncBaseTracer, BaseTracer
+from pydantic import ConfigDict
 
 from langchain_aegis.admission import Admission, Wait
 from langchain_aegis.bulk import Bulk
@@ -33,7 +34,7 @@ from langchain_aegis.flights import Flights
 from langchain_aegis.forwarding import ForwardingChatModel
 from langchain_aegis.identity import PREFIX
 from langchain_aegis.replays import consulted_by_core
-from langchain_aegis.scope import bound_here, current, seen_config
+from langchain_aegis.scope import ReadAnywhere, current, read_anywhere, seen_config
 from langchain_aegis.servers import admission_of, check_arguments, server_of
 from langchain_aegis.stamps import last_lookup
 
@@ -67,6 +68,8 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
     Raises:
         AegisConfigError: `inner` is no chat model, or a bound is out of range.
     """
+
+    model_config = ConfigDict(ignored_types=(ReadAnywhere,))
 
     max_concurrency: int = 4
     max_waiting: int = 100
@@ -156,19 +159,15 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
         with _within(entry):
             return await super().agenerate(messages, stop, callbacks, **kwargs)
 
+    @read_anywhere
     def stream(
         self, input: LanguageModelInput, config: RunnableConfig | None = None, *, stop: list[str] | None = None,
         **kwargs: Any,
     ) -> Iterator[AIMessageChunk]:  # fmt: skip
         """Stream the model's answer; holds a slot until the stream ends or is closed.
 
-        It may be read after the `aegis_scope` in which it was made.
+        It may be read after the `aegis_scope` in which it was called.
         """
-        return bound_here(self._streamed(input, config, stop, kwargs))
-
-    def _streamed(
-        self, input: LanguageModelInput, config: RunnableConfig | None, stop: list[str] | None, kwargs: dict[str, Any]
-    ) -> Iterator[AIMessageChunk]:
         base = cast("Generator[AIMessageChunk]", super().stream(input, config, stop=stop, **kwargs))
         if not self._should_stream(async_api=False, **{**kwargs, "stream": True}):
             yield from base
@@ -185,19 +184,15 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
             base.close()
             entry.close()
 
-    def astream(
+    @read_anywhere
+    async def astream(
         self, input: LanguageModelInput, config: RunnableConfig | None = None, *, stop: list[str] | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[AIMessageChunk]:  # fmt: skip
         """Stream the model's answer; holds a slot until the stream ends or is closed.
 
-        It may be read after the `aegis_scope` in which it was made.
+        It may be read after the `aegis_scope` in which it was called.
         """
-        return bound_here(self._astreamed(input, config, stop, kwargs))
-
-    async def _astreamed(
-        self, input: LanguageModelInput, config: RunnableConfig | None, stop: list[str] | None, kwargs: dict[str, Any]
-    ) -> AsyncIterator[AIMessageChunk]:
         base = cast("AsyncGenerator[AIMessageChunk]", super().astream(input, config, stop=stop, **kwargs))
         async with contextlib.aclosing(base):
             if not self._should_stream(async_api=True, **{**kwargs, "stream": True}):

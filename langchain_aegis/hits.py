@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Self
 from uuid import uuid4
@@ -22,11 +23,11 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.tracers.base import AsyncBaseTracer, BaseTracer
 from langchain_core.utils.utils import LC_ID_PREFIX
 from langchain_ollama.chat_models import ChatOllama
-from pydantic import PrivateAttr
+from pydantic import ConfigDict, PrivateAttr
 
 from langchain_aegis.errors import AegisError
 from langchain_aegis.replays import as_chunks, consulted_by_core, dumped, freshen
-from langchain_aegis.scope import bound_here, seen_config
+from langchain_aegis.scope import ReadAnywhere, bound_here, read_anywhere, seen_config
 
 
 class CachedChat(ChatOllama):
@@ -35,6 +36,8 @@ class CachedChat(ChatOllama):
     LangChain hands a hit on as one lump with the id of the stored answer, and hides the config of a direct call
     such as `model.invoke(x, config)` from the cache.
     """
+
+    model_config = ConfigDict(ignored_types=(ReadAnywhere,))
 
     _shown_config: RunnableConfig | None = PrivateAttr(default=None)
 
@@ -148,27 +151,31 @@ class CachedChat(ChatOllama):
         with seen_config(config):
             return await super().ainvoke(input, config, stop=stop, **kwargs)
 
-    # The copy shows its config to the cache by itself: a ContextVar set in a generator would reach the caller's code.
-
+    @read_anywhere
     def stream(
         self, input: LanguageModelInput, config: RunnableConfig | None = None, *, stop: list[str] | None = None,
         **kwargs: Any,
     ) -> Iterator[AIMessageChunk]:  # fmt: skip
-        """Return an iterator over the model's answer as it comes; a cached one comes in pieces too.
+        """Yield the model's answer as it comes; a cached one comes in pieces too.
 
-        It may be read after the `aegis_scope` in which it was made.
+        It may be read after the `aegis_scope` in which it was called.
         """
-        return bound_here(super(CachedChat, self._showing(config)).stream(input, config, stop=stop, **kwargs))
+        # The copy shows its config to the cache by itself: a ContextVar set in here would reach the caller's code.
+        yield from super(CachedChat, self._showing(config)).stream(input, config, stop=stop, **kwargs)
 
-    def astream(
+    @read_anywhere
+    async def astream(
         self, input: LanguageModelInput, config: RunnableConfig | None = None, *, stop: list[str] | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[AIMessageChunk]:  # fmt: skip
-        """Return an async iterator over the model's answer as it comes; a cached one comes in pieces too.
+        """Yield the model's answer as it comes; a cached one comes in pieces too.
 
-        It may be read after the `aegis_scope` in which it was made.
+        It may be read after the `aegis_scope` in which it was called.
         """
-        return bound_here(super(CachedChat, self._showing(config)).astream(input, config, stop=stop, **kwargs))
+        stream = super(CachedChat, self._showing(config)).astream(input, config, stop=stop, **kwargs)
+        async with contextlib.aclosing(stream) as chunks:  # type: ignore[type-var] # an async generator
+            async for chunk in chunks:
+                yield chunk
 
     def stream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         """Stream the events of a call; see LangChain's `stream_events`."""

@@ -7,12 +7,13 @@ question inside a long prompt, the documents that an answer rests on) is told wi
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import uuid
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar, Token
-from types import TracebackType
-from typing import Any, Self, TypeVar, get_args, overload
+from types import MethodType, TracebackType
+from typing import Any, Self, TypeVar, cast, get_args, overload
 
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.nesting import (
@@ -35,6 +36,7 @@ from langchain_aegis.nesting import tenants_named as tenants_named
 from langchain_aegis.notices import warn_once
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 _config: ContextVar[Mapping[str, Any] | None] = ContextVar("aegis_config", default=None)
 
@@ -238,6 +240,31 @@ def bound_here(stream: AsyncIterator[T] | Iterator[T]) -> AsyncIterator[T] | Ite
         return stream
     alone = kept(top, doubtful=is_doubtful(top))
     return _wrap_async(stream, alone) if isinstance(stream, AsyncIterator) else _wrap_sync(stream, alone)
+
+
+class ReadAnywhere:
+    """A generator method whose generator stays in the scope in which it was called.
+
+    LangChain asks whether a function is a generator function, and treats it otherwise: this one still looks like it.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+        for name in ("__code__", "__defaults__", "__kwdefaults__"):  # what `inspect` takes for a function
+            setattr(self, name, getattr(function, name))
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        return self if instance is None else MethodType(self, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method."""
+        return bound_here(self._function(*args, **kwargs))
+
+
+def read_anywhere(function: F) -> F:
+    """Let what a generator method of a model returns be read after the `aegis_scope` in which it was called."""
+    return cast("F", ReadAnywhere(function))
 
 
 def who(tenant_key: str | None, user_key: str | None) -> tuple[str | None, str | None]:
