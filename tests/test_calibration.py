@@ -291,6 +291,16 @@ def test_a_file_that_is_not_there_is_a_warning(usual, home, monkeypatch, caplog)
     assert "none.json" in caplog.text
 
 
+def test_the_cache_serves_from_the_calibrated_threshold(kept):
+    from langchain_aegis import AegisSemanticCache
+
+    found, _ = kept
+    for mode, figures in found.modes.items():
+        with AegisSemanticCache(embeddings=Made(USUAL), mode=mode) as cache:
+            cache.judge("What is one?", "What is two?")
+            assert cache.min_similarity == figures.threshold
+
+
 @pytest.mark.slow
 def test_the_small_model_gets_the_thresholds_that_ship_for_it(minilm):
     """The rule was set by this model: what it finds is what the package says."""
