@@ -254,17 +254,13 @@ class Store(Namespace):
         )
         return None if isinstance(moved, Exception) else self._read_epochs(told)
 
-    def invalidate(
-        self, what: Invalidation | Sequence[str], sets: Sequence[Sequence[str]] = (), *, sources: bool = False
-    ) -> Flow[int]:
-        """Make records unservable at once, and hand them over to whoever sweeps; returns how many there are.
+    def invalidate(self, what: Invalidation) -> Flow[int]:
+        """Make records unservable at once, and hand them over to whoever sweeps; returns how many lived until now.
 
         Raises:
             AegisConfigError: The namespace was written with another secret: nothing would be found.
             ResponseError: Redis refused.
         """
-        if not isinstance(what, Invalidation):
-            what = Invalidation(what, sets, sources)
         yield from self._check_secret()
         things = [*what.things, *(["source"] if what.sources else []), *(["near"] if what.near is not None else [])]
         before = "before" if what.before_tenant is None else f"before:{what.before_tenant}"
