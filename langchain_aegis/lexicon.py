@@ -38,6 +38,13 @@ class Word:
     shape: int = 0  # bit of the wish about the answer's form
     direction: str = ""  # "from" | "to" | "convert"
 
+    @property
+    def silent(self) -> bool:
+        """Whether it says nothing beyond its being there."""
+        speaking = (self.negation, self.soft_negation, self.question, self.direction, self.shape, self.exclusive)
+        counting = (self.value, self.factor, self.ordinal)
+        return not any(speaking) and not self.opposites and all(value is None for value in counting)
+
 
 # Second word -> (the words after it, the phrase as one form), the longest first.
 Phrases = dict[str, list[tuple[tuple[str, ...], Word]]]
@@ -72,6 +79,7 @@ class Lexicon:
     what: int  # position in `questions`; "what" may ask for anything that `implied` names
     asks: frozenset[str]  # words after which a question word begins the question itself ("could you tell me when")
     questions: tuple[str, ...]  # codes of question words; a profile stores the position
+    codes: dict[str, int]  # the same the other way round; "" is "command"
     shapes: tuple[str, ...]
     groups: tuple[str, ...]  # names of the exclusive sets
     yes_no: dict[str, dict[str, str]]  # per language: first word -> question code
@@ -281,6 +289,7 @@ class _Builder:
             what=questions.index("what"),
             asks=frozenset(guards["question_words"]["asks"].split()),
             questions=questions,
+            codes={code: position for position, code in enumerate(questions)} | {"": questions.index("command")},
             shapes=shapes,
             groups=groups,
             yes_no={language: _first_words(guards["question_words"], language) for language in self.tables},

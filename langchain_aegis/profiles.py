@@ -11,6 +11,7 @@ import unicodedata
 from functools import lru_cache
 from hashlib import blake2b
 from typing import NamedTuple
+from zlib import crc32
 
 from langchain_aegis.lexicon import AGENT, AUXILIARY, LANGUAGES, SYMMETRIC, Phrases, Word, lexicon
 from langchain_aegis.tokens import (
@@ -28,7 +29,7 @@ from langchain_aegis.tokens import (
     join_particle,
 )
 
-_VERSION = 2
+_VERSION = 3
 _MAX_CHARACTERS = 16_384  # of a text; what follows counts as one identifier
 NEGATED, DENYING = 1, 2  # an odd number of negations; a word that denies without one
 PASSIVE = 4  # with its agent; SYMMETRIC, "and", "between" and the like, comes from the lexicon
@@ -56,21 +57,21 @@ class Profile(NamedTuple):
     identifiers: frozenset[int]
     exclusive: frozenset[int]  # 256 * set + class
     opposites: frozenset[int]  # 2 * pair + side
-    frame: bytes  # sorted codes of the words without content
+    frame: frozenset[int]  # the words without content: code + 256 * how often it stood before
     spellings: tuple[tuple[int, int], ...]  # (position in order, a digest that survives swapped and doubled letters)
 
     def encode(self) -> bytes:
         """Return the profile as bytes for a record; `decode` reads them."""
         sets = (self.numbers, self.weak_numbers, self.quantities, self.names, self.identifiers)
         wide = (self.order, *map(sorted, sets))
-        narrow = (sorted(self.exclusive), sorted(self.opposites), [part for pair in self.spellings for part in pair])
+        pairs = [part for pair in self.spellings for part in pair]
+        narrow = (sorted(self.exclusive), sorted(self.opposites), sorted(self.frame), pairs)
         counts = [len(part) for part in (*wide, *narrow)]
         body = b"".join(
             (
                 _BODY.pack(*self[:6], *counts),
                 struct.pack(f">{sum(counts[:6])}I", *(term for part in wide for term in part)),
                 struct.pack(f">{sum(counts[6:])}H", *(code for part in narrow for code in part)),
-                self.frame,
             )
         )
         return _HEAD.pack(_VERSION, lexicon().fingerprint, _checksum(body)) + body
@@ -97,11 +98,14 @@ class Profile(NamedTuple):
             raise ValueError("not a profile: too short") from exc
         if language >= len(LANGUAGES) or question >= len(known.questions):
             raise ValueError("not a profile: unknown codes")
-        parts, start = [], 0
-        for count in counts[:6]:
-            parts.append(terms[start : start + count])
-            start += count
-        exclusive, opposites = counts[6], counts[6] + counts[7]
+        if len(body) != _BODY.size + 4 * size + 2 * short or counts[9] % 2:
+            raise ValueError("not a profile: of another length")
+        if size == counts[0]:  # of most questions
+            parts = (terms, (), (), (), (), ())
+        else:
+            parts = tuple(terms[sum(counts[:at]) : sum(counts[: at + 1])] for at in range(6))
+        opposites = counts[6] + counts[7]
+        frame = opposites + counts[8]
         return Profile(
             language,
             question,
@@ -116,20 +120,20 @@ class Profile(NamedTuple):
             frozenset(parts[3]),
             frozenset(parts[4]),
             frozenset(parts[5]),
-            frozenset(codes[:exclusive]),
-            frozenset(codes[exclusive:opposites]),
-            body[_BODY.size + 4 * size + 2 * short :],
-            tuple(zip(codes[opposites::2], codes[opposites + 1 :: 2], strict=False)),
+            frozenset(codes[: counts[6]]),
+            frozenset(codes[counts[6] : opposites]),
+            frozenset(codes[opposites:frame]),
+            tuple(zip(codes[frame::2], codes[frame + 1 :: 2], strict=True)),
         )
 
 
 _HEAD = struct.Struct(">B2s4s")  # version, lexicon, checksum
 _CHECKED = 3
-_BODY = struct.Struct(">BBBIii9H")
+_BODY = struct.Struct(">BBBIii10H")
 
 
 def _checksum(body: bytes) -> bytes:
-    return blake2b(body, digest_size=4).digest()
+    return crc32(body).to_bytes(4, "big")
 
 
 def profile(text: str, *, key: bytes = b"") -> Profile:
@@ -167,17 +171,24 @@ def _language(tokens: list[str]) -> int:
     for token in tokens:
         total += votes.get(token) or votes.get(token.lower(), 0)
     if total:
-        scores = [total >> 16 * position & 0xFFFF for position in range(len(LANGUAGES))]
-        best = max(scores)
-        if scores.count(best) == 1:
-            return scores.index(best)
-        if best not in (scores[_ENGLISH], scores[_GERMAN]):
-            return 0
+        winner = _winner(total)
+        if winner >= 0:
+            return winner
     # "Was kostet ..." could be both: the rest of the words decides.
     tables = lexicon().tables
     english, german = (sum(token.lower() in tables[name].words for token in tokens) for name in ("en", "de"))
     german += sum(token.endswith(_GERMAN_ENDINGS) or not _UMLAUTS.isdisjoint(token) for token in tokens)
     return 0 if english == german else _ENGLISH if english > german else _GERMAN
+
+
+@lru_cache(maxsize=1 << 12)
+def _winner(votes: int) -> int:
+    """Return the position with the most votes; 0 if others than English and German share them, -1 if those do."""
+    scores = [votes >> 16 * position & 0xFFFF for position in range(len(LANGUAGES))]
+    best = max(scores)
+    if scores.count(best) == 1:
+        return scores.index(best)
+    return -1 if best in (scores[_ENGLISH], scores[_GERMAN]) else 0
 
 
 _ENGLISH, _GERMAN = LANGUAGES.index("en"), LANGUAGES.index("de")
@@ -238,24 +249,35 @@ class _Reader:
         self.converts = False
         self.at = 0
         self.skip: list[int] = []  # particles that were taken with their verb
-        for extra in (rest, "".join(SYMBOL.findall(text))):
+        symbols = SYMBOL.findall(text)
+        for extra in (rest, "".join(symbols)) if rest or symbols else ():
             if extra:
                 self._add(_digest(extra, key), self.identifiers)
 
     def read(self) -> Profile:
         """Return the profile."""
-        at, forms, frame = 0, self.forms, self.frame
+        at, forms, frame, order, spellings, key = 0, self.forms, self.frame, self.order, self.spellings, self.key
         size = len(forms)
         if size:
             self.question = lexicon().yes_no[self.tongue].get(forms[0].low, "")
         while at < size:
-            self.at = at
             form = forms[at]
-            word = form.word
-            if word is not None and word.frame:
-                frame.append(word.frame)
+            if form.frame:
+                frame.append(form.frame)
             self.marks |= form.marks
-            if form.inert or at in self.skip:
+            if form.inert or (self.skip and at in self.skip):
+                at += 1
+                continue
+            self.at, word = at, form.word
+            if (form.term or form.unknown) and not self.pending:
+                # Most words: what `_term` does with them, in one step.
+                named = form.unknown and form.capital and at and self.tongue == "en"
+                if len(form.low) > 4 and not named:
+                    spellings.append((len(order), _spelling(form.low, key)))
+                term = form.term or _digest(form.stem, key)
+                order.append(term)
+                if named:
+                    self.names.add(term)
                 at += 1
                 continue
             if form.phrases:
@@ -407,7 +429,9 @@ class _Reader:
             return
         polite = self.question in ("yes_no", "possible")  # "could you tell me when"
         if not self.question or (polite and self.at and self.forms[self.at - 1].low in lexicon().asks):
-            self.question = code
+            following = self.forms[self.at + 1].word if code == "how" and self.at + 1 < len(self.forms) else None
+            graded = following is not None and following.number in lexicon().graded  # "how quickly"
+            self.question = "degree" if graded else code
 
     def _codes(self, word: Word) -> None:
         self.shape |= word.shape
@@ -434,29 +458,28 @@ class _Reader:
 
     def _profile(self) -> Profile:
         passive = self.marks & AUXILIARY and self.marks & AGENT
-        order = tuple(self.order)
-        self.frame.sort()
+        frame = set(self.frame)
+        if len(frame) < len(self.frame):
+            self.frame.sort()
+            frame = {code + (at - self.frame.index(code) & 0xFF) * 256 for at, code in enumerate(self.frame)}
         return Profile(
-            language=self.language,
-            question=lexicon().questions.index(self.question or "command"),
-            flags=self.negations % 2 * NEGATED
-            | self.soft * DENYING
-            | (PASSIVE if passive else 0)
-            | self.marks & SYMMETRIC,
-            shape=self.shape,
-            source=self.source,
-            target=self.target,
-            order=order,
-            terms=frozenset(order),
-            numbers=frozenset(self.numbers),
-            weak_numbers=frozenset(self.weak),
-            quantities=frozenset(self.quantities),
-            names=frozenset(self.names),
-            identifiers=frozenset(self.identifiers),
-            exclusive=frozenset(self.exclusive),
-            opposites=frozenset(self.opposites),
-            frame=bytes(self.frame),
-            spellings=tuple(self.spellings),
+            self.language,
+            lexicon().codes[self.question],
+            self.negations % 2 * NEGATED | self.soft * DENYING | (PASSIVE if passive else 0) | self.marks & SYMMETRIC,
+            self.shape,
+            self.source,
+            self.target,
+            tuple(self.order),
+            frozenset(self.order),
+            frozenset(self.numbers),
+            frozenset(self.weak),
+            frozenset(self.quantities),
+            frozenset(self.names),
+            frozenset(self.identifiers),
+            frozenset(self.exclusive),
+            frozenset(self.opposites),
+            frozenset(frame),
+            tuple(self.spellings),
         )
 
 

@@ -10,7 +10,8 @@ from langchain_aegis.lexicon import Phrases, Table, Word, lexicon, stem
 
 TOKEN = re.compile(
     r"""
-    "[^"\n]{1,80}" | „[^“”"\n]{1,80}[“”"] | “[^”\n]{1,80}” | `[^`\n]{1,80}`     # quoted
+    [^\W\d_]+(?=[\s,;!?)]|$)                                            # a word, nothing hangs on it
+    | "[^"\n]{1,80}" | „[^“”"\n]{1,80}[“”"] | “[^”\n]{1,80}” | `[^`\n]{1,80}`     # quoted
     | (?<!\w)'[^'\s][^'\n]{0,80}'(?!\w)
     | https?://\S+ | [\w.+-]{1,64}@[\w-]+\.[\w.-]*\w                     # addresses
     | (?<!\S)--?[^\W\d][\w-]*                                       # options
@@ -22,7 +23,7 @@ TOKEN = re.compile(
     re.VERBOSE,
 )
 # Of code and formulas, and pictures; not punctuation.
-SYMBOL = re.compile(r"[=<>{}\[\]^|\\~+*]|[^\w\s\x00-\x7f’‘‚“”„–—−…°€£¥₹§¿¡«»·•´]")
+SYMBOL = re.compile(r"""[^\w\s!"#$%&'(),\-./:;?@`\x00-\x1f\x7f’‘‚“”„–—−…°€£¥₹§¿¡«»·•´]""")
 NUMBER = re.compile(r"(\d+(?:[.,:/]\d+)*)(.*)", re.DOTALL)
 GROUPED = re.compile(r"\d{1,3}(?:[.,]\d{3})+")
 _INITIALS = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")
@@ -50,7 +51,10 @@ class Form:
     phrases: Phrases | None = None  # that begin with this form
     separable: bool = False  # their second word may come later
     marks: int = 0
+    frame: int = 0  # as in the lexicon; 0 of a form with content
     inert: bool = False  # says nothing that any guard looks at
+    term: int = 0  # number of a form that says what it says and no more; 0 of every other
+    unknown: bool = False  # an ordinary word that the lexicon does not hold
 
 
 @lru_cache(maxsize=1 << 15)
@@ -63,24 +67,14 @@ def forms_of(token: str, language: str) -> tuple[Form, ...]:
         form.phrases = table.phrases.get(form.low) or table.phrases.get(form.stem)
         form.separable = form.low in known.separable or form.stem in known.separable
         form.marks = known.marks.get(form.low, 0)
-        form.inert = form.word is not None and _is_inert(form, form.word)
+        special = bool(form.phrases or form.denied or (form.capital and len(form.low) == 1))
+        if form.word is not None:
+            form.frame = form.word.frame
+            if not special and form.kind == PLAIN and form.word.silent:
+                form.inert, form.term = form.word.stop, 0 if form.word.stop else form.word.number
+        else:
+            form.unknown = not special and form.kind == PLAIN and len(form.low) > 1
     return forms
-
-
-def _is_inert(form: Form, word: Word) -> bool:
-    if not word.stop or form.phrases or form.denied or (form.capital and len(form.low) == 1):
-        return False
-    speaking = (
-        word.negation,
-        word.soft_negation,
-        word.question,
-        word.direction,
-        word.shape,
-        word.exclusive,
-        word.opposites,
-    )
-    counting = (word.value, word.factor, word.ordinal)
-    return not any(speaking) and all(value is None for value in counting)
 
 
 def _forms(token: str, language: str, table: Table) -> tuple[Form, ...]:

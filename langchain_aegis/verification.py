@@ -48,8 +48,9 @@ def compare(cached: Profile, new: Profile, *, off: frozenset[str] = frozenset())
     """
     found = []
     known = lexicon()
-    # An undecided language is one of names only: they must be the same then.
-    if cached.language != new.language and ((cached.language and new.language) or cached.terms != new.terms):
+    both = cached.language and new.language
+    # An undecided language is one of names and key words only: they must be the same then ("Mozart Geburtstag").
+    if (cached.language != new.language) if both else cached.terms != new.terms:
         found.append("language")
     if cached.numbers != new.numbers and _numbers_differ(cached, new):
         found.append("number")
@@ -57,15 +58,20 @@ def compare(cached: Profile, new: Profile, *, off: frozenset[str] = frozenset())
         found.append("quantity")
     if (cached.flags ^ new.flags) & NEGATED and not _denied_in_a_word(cached.flags, new.flags):
         found.append("negation")
-    if cached.opposites != new.opposites:
-        for code in cached.opposites - new.opposites:
-            if code ^ 1 in new.opposites and code ^ 1 not in cached.opposites:
+    left, right = cached.opposites, new.opposites
+    if left and right and left != right:
+        for code in left:
+            if code not in right and code ^ 1 in right and code ^ 1 not in left:
                 found.append("antonym")
                 break
-    if cached.exclusive != new.exclusive:
-        groups = {code >> 8 for code in cached.exclusive - new.exclusive}
-        if groups and any(code >> 8 in groups for code in new.exclusive - cached.exclusive):
-            found.append("exclusive")
+    left, right = cached.exclusive, new.exclusive
+    if left and right and left != right:
+        groups = {code >> 8 for code in left - right}
+        if groups:
+            for code in right:
+                if code >> 8 in groups and code not in left:
+                    found.append("exclusive")
+                    break
     if cached.question != new.question and _asks_otherwise(cached, new, known):
         found.append("question_word")
     if (cached.source >= 0 or new.source >= 0) and _turned_round(cached, new):
@@ -90,6 +96,11 @@ def _asks_otherwise(cached: Profile, new: Profile, known: Lexicon) -> bool:
     if known.what == cached.question:
         return known.implied[new.question].isdisjoint(cached.terms)
     return known.what != new.question or known.implied[cached.question].isdisjoint(new.terms)
+
+
+def same_words(cached: Profile, new: Profile) -> bool:
+    """Return whether two questions differ only in words without content, in order or in inflection."""
+    return (cached.terms ^ new.terms) <= lexicon().light
 
 
 def _turned_round(cached: Profile, new: Profile) -> bool:
@@ -136,7 +147,7 @@ def _swapped(cached: Profile, new: Profile, known: Lexicon) -> bool:
     things = {term for term in left if term in cached.names or term in cached.identifiers}
     if [term for term in left if term in things] != [term for term in right if term in things]:
         return True
-    mine, theirs = _differences(cached.frame, new.frame)
+    mine, theirs = len(cached.frame - new.frame), len(new.frame - cached.frame)
     if min(mine, theirs) > 0 and mine + theirs >= _NEW_CONSTRUCTION:
         return False  # built anew, the parts of the sentence stand where they may
     groups = {term: known.reversible[term] for term in left if term in known.reversible}
@@ -154,23 +165,35 @@ def _canonical_order(one: Profile, known: Lexicon) -> list[int]:
 def _wording(cached: Profile, new: Profile, known: Lexicon) -> list[str]:
     """Return the guards over the order of the terms and over those that only one of the questions holds."""
     mine, theirs = cached.terms, new.terms
-    left = _unexplained(mine - theirs, theirs, known.implied[new.question], known)
-    right = _unexplained(theirs - mine, mine, known.implied[cached.question], known)
+    left, right = set(mine - theirs), set(theirs - mine)
+    related = known.related
+    if left:
+        implied = known.implied[new.question]
+        for term in tuple(left):
+            if term < DIGEST and (term in implied or not related[term].isdisjoint(theirs)):
+                left.remove(term)
+    if right:
+        implied = known.implied[cached.question]
+        for term in tuple(right):
+            if term < DIGEST and (term in implied or not related[term].isdisjoint(mine)):
+                right.remove(term)
     if left and right:
-        _drop_misspelt(left, right, cached, new)
+        if (
+            max(left) >= DIGEST or max(right) >= DIGEST
+        ):  # two words of the lexicon are two words, however alike they look
+            _drop_misspelt(left, right, cached, new)
         if not known.parts.keys().isdisjoint(left | right):
-            _drop_phrases(left, right, theirs, known)
-            _drop_phrases(right, left, mine, known)
+            _drop_phrases(left, right, cached, new, known)
     if not left or not right:
-        left = left - known.light
-        right = right - known.light
+        left -= known.light
+        right -= known.light
     if not (left or right):
         return ["order"] if _swapped(cached, new, known) else []
     if (not left or not right) and (
         cached.numbers & new.numbers or cached.names & new.names or cached.identifiers & new.identifiers
     ):
-        left = left - known.category
-        right = right - known.category
+        left -= known.category
+        right -= known.category
     found = []
     odd = left | right
     if cached.identifiers != new.identifiers and not odd.isdisjoint(cached.identifiers | new.identifiers):
@@ -191,7 +214,7 @@ def _reworded(left: set[int], right: set[int], cached: Profile, new: Profile, kn
     "my message"). Where the sentence is built anew, a few odd words mostly belong to the new construction, as long as
     the questions share more and none of the odd words is one of a set of alternatives. Names and codes never get here.
     """
-    mine, theirs = _differences(cached.frame, new.frame)
+    mine, theirs = len(cached.frame - new.frame), len(new.frame - cached.frame)
     if mine + theirs < _NEW_CONSTRUCTION or not min(mine, theirs):
         return False
     left, right = left - known.relations, right - known.relations
@@ -202,32 +225,20 @@ def _reworded(left: set[int], right: set[int], cached: Profile, new: Profile, kn
     return known.graded.isdisjoint(odd) and known.narrowing.isdisjoint(odd)
 
 
-def _differences(left: bytes, right: bytes) -> tuple[int, int]:
-    """Return how many members of each of two multisets the other has not."""
-    rest, count = bytearray(right), 0
-    for code in left:
-        if code in rest:
-            rest.remove(code)
-        else:
-            count += 1
-    return count, len(rest)
-
-
-def _unexplained(odd: frozenset[int], theirs: frozenset[int], implied: frozenset[int], known: Lexicon) -> set[int]:
-    """Return the `odd` terms that the other question does not say in another word, nor asks for anyway."""
-    related = known.related
-    return {term for term in odd if term & DIGEST or (term not in implied and related[term].isdisjoint(theirs))}
-
-
-def _drop_phrases(odd: set[int], other: set[int], theirs: frozenset[int], known: Lexicon) -> None:
+def _drop_phrases(left: set[int], right: set[int], cached: Profile, new: Profile, known: Lexicon) -> None:
     """Take out phrases whose words stand apart in the other question ("word document", "document in Word")."""
-    for term in list(odd):
-        parts = known.parts.get(term)
-        if parts is not None and all(
-            part in theirs or not known.related.get(part, _NONE).isdisjoint(theirs) for part in parts
-        ):
-            odd.discard(term)
-            other -= {one for one in other if one in parts or not known.related.get(one, _NONE).isdisjoint(parts)}
+    phrases = (
+        {x for x in left if _stands_apart(x, new.terms, known)},
+        {x for x in right if _stands_apart(x, cached.terms, known)},
+    )
+    parts = [{part for phrase in side for part in known.parts[phrase]} for side in phrases]
+    left -= phrases[0] | {x for x in left if x in parts[1] or not known.related.get(x, _NONE).isdisjoint(parts[1])}
+    right -= phrases[1] | {x for x in right if x in parts[0] or not known.related.get(x, _NONE).isdisjoint(parts[0])}
+
+
+def _stands_apart(phrase: int, terms: frozenset[int], known: Lexicon) -> bool:
+    parts = known.parts.get(phrase, _NONE)
+    return bool(parts) and all(part in terms or not known.related[part].isdisjoint(terms) for part in parts)
 
 
 _NONE: frozenset[int] = frozenset()
@@ -235,14 +246,10 @@ _NONE: frozenset[int] = frozenset()
 
 def _drop_misspelt(left: set[int], right: set[int], cached: Profile, new: Profile) -> None:
     """Take out of both sets the terms that are the same word but for swapped or doubled letters."""
-    order = new.order
-    theirs = {digest: order[at] for at, digest in new.spellings if order[at] in right}
-    if not theirs:
-        return
-    order = cached.order
-    for at, digest in cached.spellings:
-        other = theirs.get(digest)
-        # Two words of the lexicon are two words, however alike they look.
-        if other is not None and order[at] in left and (order[at] | other) & DIGEST:
-            left.discard(order[at])
-            right.discard(other)
+    mine = {(digest, cached.order[at]) for at, digest in cached.spellings if cached.order[at] in left}
+    theirs = {(digest, new.order[at]) for at, digest in new.spellings if new.order[at] in right}
+    alike = {digest for digest, _ in mine} & {digest for digest, _ in theirs}
+    if alike:
+        unknown = {digest for digest, term in mine | theirs if term & DIGEST}
+        left -= {term for digest, term in mine if digest in alike & unknown}
+        right -= {term for digest, term in theirs if digest in alike & unknown}
