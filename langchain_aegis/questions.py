@@ -139,7 +139,7 @@ _BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 _ANY_TAG = re.compile(r"</?[A-Za-z][\w-]*(?:\s[^<>]*)?>")
 
 
-_ONLY_A_LABEL = r"^[^\S\n]*(?:[#*]+[^\S\n]*)?[^\W\d_][\w /-]{0,30}:(?:\*\*)?[^\S\n]*$"
+_ONLY_A_LABEL = r"^[^\S\n]*(?:[#*]+[^\S\n]*)?[^\W\d_][\w /()-]{0,40}:(?:\*\*)?[^\S\n]*$"
 
 
 @dataclass(frozen=True, slots=True)

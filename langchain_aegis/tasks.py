@@ -48,10 +48,13 @@ def is_payload(text: str) -> bool:
     rules = _rules()
     if _CODE.search(text) or _ARROW.search(text) or any(_is_ordered(part, rules) for part in _SENTENCE.split(text)):
         return True
-    if any(rules[name].search(text) for name in ("these_texts", "choice_alone", "made", "head_of_task")):
+    if any(
+        rules[name].search(text) for name in ("these_texts", "choice_alone", "made", "head_of_task", "language_tail")
+    ):
         return True
     head, colon, tail = text.partition(":")
-    if colon and tail.strip() and len(head.split()) <= 16 and not _TIME.search(text) and rules["heads"].search(head):
+    announced = rules["heads"].search(head) or rules["demonstrative"].search(head)
+    if colon and tail.strip() and announced and len(head.split()) <= 16 and not _TIME.search(text):
         return True
     if (quote := _QUOTE.search(text)) and (
         len(quote.group(0).split()) >= 4 or quote.group(0)[-2] in ".?!" or rules["cited"].search(text)
@@ -105,7 +108,7 @@ def _signs(asked: str, reply: str) -> int:
 def ends_with_label(text: str) -> bool:
     """Return whether a prompt ends with a label that is no answer's, e.g. "SQLQuery:"."""
     last = text.rstrip().rpartition("\n")[2].strip(" *#_>-").rstrip()
-    if not last.endswith((":", ":")) or len(last.split()) > 6:
+    if not last.endswith((":", ":")) or len(last) > 80 or len(last.split()) > 6:
         return False
     return _rules()["answer_labels"].fullmatch(last[:-1].strip(" *#_>-")) is None
 
@@ -113,7 +116,7 @@ def ends_with_label(text: str) -> bool:
 def without_documents(text: str) -> str:
     """Return `text` without what stands in tags or behind a label that announces documents."""
     rules = _rules()
-    text = rules["context_tag"].sub("\n", text)
+    text = _without_tagged(text, rules)
     kept, at = [], 0
     while (label := rules["context_label"].search(text, at)) is not None:
         kept.append(text[at : label.start()])
@@ -121,6 +124,21 @@ def without_documents(text: str) -> str:
         at = anew.start() if anew else len(text)
     kept.append(text[at:])
     return "\n".join(kept)
+
+
+def _without_tagged(text: str, rules: Rules) -> str:
+    kept, at = [], 0
+    unclosed: set[str] = set()
+    for tag in rules["context_tag"].finditer(text):
+        if tag.start() < at or tag[1] in unclosed:
+            continue
+        close = text.find(f"</{tag[1]}>", tag.end())
+        if close < 0:
+            unclosed.add(tag[1])
+            continue
+        kept.append(text[at : tag.start()])
+        at = close + len(tag[1]) + 3
+    return "\n".join([*kept, text[at:]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +164,8 @@ def _read(text: str, *, documents: bool = False) -> _Reading:
     rules = _rules()
     if not documents:
         text = without_documents(text)
+    if len(text) > _BEGINNING + _END:  # what is to be done stands before the documents, or behind them
+        text = f"{text[:_BEGINNING]}\n{text[-_END:]}"
     orders = loosely = neutral = False
     for sentence in _sentences(text):
         neutral = neutral or rules["neutral"].match(sentence) is not None
@@ -175,7 +195,8 @@ def _is_order(sentence: str, kinds: int, rules: Rules) -> bool:
     product = kinds & _PRODUCT
     if rules["about_answers"].search(sentence) and not (product and rules["product"].search(sentence)):
         return False
-    names: tuple[str, ...] = ("work_on", "work_into") if kinds & _WORK else ()
+    names: tuple[str, ...] = ("work_on",) if kinds & _WORK and kinds & _INPUT else ()
+    names += ("work_into",) if kinds & _WORK and kinds & _LANGUAGE else ()
     names += ("your_task", "you_work") if kinds & (_WORK | _MAKE) else ()
     names += ("made_of_it", "made_with") if kinds & _MAKE and product else ()
     return any(rules[name].search(sentence) for name in names)
@@ -186,12 +207,16 @@ def _is_loose_order(sentence: str, kinds: int, rules: Rules) -> bool:
         return False
     names: tuple[str, ...] = ("choice",) if kinds & _CLASSES else ()
     names += ("mentioned",) if kinds & _MENTIONED else ()
-    names += ("one_word", "json", "asks_about_input", "tables")
+    low = sentence.lower()
+    names += ("json",) if "json" in low else ()
+    names += ("tables", "you_are_loosely") if "sql" in low else ()
+    names += ("asks_about_input",) if "?" in low else ()
+    names += ("one_word",)
     return any(rules[name].search(sentence) for name in names) or bool(kinds & _WORK and rules["lone"].match(sentence))
 
 
 # Which lists of tasks.toml a word may belong to: a sentence without any is left alone, which is most of a document.
-_WORK, _MAKE, _ROLES, _PRODUCT, _CLASSES, _MENTIONED = (1 << i for i in range(6))
+_WORK, _MAKE, _ROLES, _PRODUCT, _CLASSES, _MENTIONED, _INPUT, _LANGUAGE = (1 << i for i in range(8))
 
 
 def _kinds_of(sentence: str) -> int:
@@ -213,9 +238,11 @@ def _first_words() -> tuple[tuple[int, re.Pattern[str]], ...]:
         _WORK: _DATA["work"],
         _MAKE: f"{_DATA['make']} {_DATA['make_query']}",
         _ROLES: _DATA["roles"],
-        _PRODUCT: _DATA["product"],
+        _PRODUCT: f"{_DATA['product']} {_DATA['languages']}",
         _CLASSES: _DATA["classes"],
         _MENTIONED: _DATA["mentioned"],
+        _INPUT: f"{_DATA['input']} {_DATA['whole']} following above",
+        _LANGUAGE: _DATA["languages"],
     }
     return tuple(
         (bit, re.compile("|".join(sorted({b for phrase in text.split() for b in _beginnings(phrase)}))))
@@ -259,6 +286,7 @@ _PROGRAM = re.compile(
     r"\{|\[|<\w|```|(?:select|insert|update|delete|match|with)\s.*(?:\sfrom\s|\sreturn\s|;)", re.I | re.S
 )
 _WORD = re.compile(r"\w+")
+_BEGINNING, _END = 6000, 3000  # characters
 _LONGEST = 600  # characters of a sentence; documents hold longer ones, tables
 _GROUP = re.compile(r"\(\?:([^()]*)\)(\??)")
 _LETTERS = re.compile(r"[^\W\d_]+")
@@ -288,35 +316,42 @@ def _rules() -> Rules:
     on = rf"(?:{d['which']}\s+{inside}{{0,3}}?{d['input']}|{d['whole']})"
     lead = rf"^(?:{m['leads']}\s+)*"
     choice = rf"\b{d['classes']}\b['\"`]?\s*(?:[,/|]|,?\s*\b{d['between']})\s*['\"`]?(?:not\s+)?{d['classes']}\b"
+    version = rf"{d['languages']}\s+(?:version|equivalent|translation|wording|text)"
+    product = rf"(?:{d['product']}|{version})"
     patterns = {
-        "you_are_role": rf"\b{d['you_are']}\s+{word}{{0,5}}?{d['roles']}\b|^{d['roles']}\b.{{0,12}}$",
+        "you_are_role": rf"\b{d['you_are']}\s+{word}{{0,5}}?{d['roles']}\b(?!')|^{d['roles']}\b.{{0,12}}$",
         "work_on": rf"\b{d['work']}\b[^.?!]*?\b{on}(?!\w)|\b{on}\b.{{0,60}}\b{d['work']}\b",
         "work_into": rf"\b{d['work']}\b.{{0,40}}\b(?:to|into|in|as|ins|auf|nach)\s+(?:\w+\s+)?{d['languages']}\b",
-        "your_task": rf"\b{d['your_task']}.{{0,60}}?\b(?:{d['work']}|{d['make']})\b",
+        "you_are_loosely": rf"\b{d['you_are']}\s+{word}{{0,5}}?{d['roles_loose']}\b",
+        "your_task": rf"\b{d['your_task']}(?!\W+(?:\w+\W+){{0,4}}?{m['serving']}\b)"
+        rf".{{0,60}}?\b(?:{d['work']}|{d['make']})\b",
         "you_work": rf"(?:^|[,;:]\s*|\b(?:and|und|that)\s+)(?:you|du|sie)\s+(?:\w+ly\s+)?"
-        rf"(?:{d['work']}|writes?|schreibst)\b",
-        "made_of_it": rf"\b{d['make']}\b\W+{inside}{{0,8}}?{d['product']}(?!\w)",
+        rf"(?:{d['work']}|writes?|schreibst)\b|"
+        rf"\b(?:that|who|which|der|die|das)\s+(?:\w+ly\s+)?(?:{d['work']}|writes?|schreibst)\b",
+        "made_of_it": rf"\b{d['make']}\b\W+{inside}{{0,8}}?{product}(?!\w)",
         "made_with": rf"\b(?:answer|reply|respond|antworte)\w*\s+{word}{{0,4}}?(?:with|by|mit)\s+{word}{{0,3}}?"
-        rf"{d['product']}(?!\w)",
+        rf"{product}(?!\w)",
         "mentioned": rf"\b{d['which']}\s+{inside}?{d['mentioned']}(?!\w)",
         "tables": r"\bsql\w*\b.{0,30}\b(?:tables?|schema|quer\w+|statements?)\b",
         "query": rf"\b{d['make_query']}\s+(?:(?!answer|response)\w+\s+){{0,3}}quer(?:y|ies)\b",
-        "product": rf"\b{d['product']}\b",
+        "product": rf"\b{product}\b",
         "about_answers": rf"\b{d['about_answers']}\b",
         "negated": rf"\b{d['negated']}(?:\s+[\w'-]+)?",
         "not_told": rf"\b{d['not_told']}\b",
         "answering": rf"\b{d['answering']}\b",
         "choice": choice,
-        "choice_alone": rf"^(?:{choice}|spam\s+or\s+not)\s*[:?]|[-–:]\s*{choice}\W*$",
+        "choice_alone": rf"^(?:{choice}|spam\s+or\s+not)[^?:.]{{0,30}}[:?]|[-–:]\s*{choice}\W*$",
         "one_word": rf"\b{d['one_word']}\b",
         "json": rf"\b(?:{d['make']}|respond)\b.{{0,30}}\bjson\b",
         "asks_about_input": rf"(?:^|:\s*){d['asking']}\b.*\b(?:the|der|die|das)\s+(?:author|user|{d['input']})\b.*\?",
         "lone": rf"{lead}{d['work']}(?:\s+{inside}?(?:code|text|it|them|everything|all))?\W*$",
-        "neutral": rf"(?:\w+,\s+)?{d['neutral']}(?!\w)|.{{0,40}}\b{d['persona']}\b",
+        "neutral": rf"(?:\w+,\s+)?(?:(?:always|please|immer|bitte|stets)\s+)?{d['neutral']}(?!\w)"
+        rf"|.{{0,40}}\b{d['persona']}\b",
         "context_label": rf"^[^\S\n]*(?:[>#*\-]+\s*)?(?:\w+\s+)?{d['context']}(?:\s+(?:is\s+)?(?:below|above))?"
         r"[^\S\n]*(?:\*\*)?[::.].*?$",
-        "context_tag": rf"<((?:\w+_)?(?:{d['context']}|doc|chunk)s?)(?:\s[^<>]*)?>.*?</\1>",
-        "answer_labels": rf"{d['answer_labels']}(?:\s*\([^)]*\))?",
+        "context_tag": rf"<((?:\w{{1,20}}_)?(?:{d['context']}|doc|chunk)s?)(?:\s[^<>]*)?>",
+        "answer_labels": rf"(?!.*(?:sql|code|json)){d['answer_labels']}"
+        r"(?:\s+(?:in|auf)\s.{0,30})?(?:\s*\([^)]*\))?",
         "leads": rf"(?:{m['leads']}(?!\w)[\s,:]*)+",
         "verbs": rf"{m['verbs']}(?![\w'])",
         "these_texts": rf"\b{m['these']}\s+(?:[\w-]+\s+){{0,2}}?{m['texts']}(?!\w)(?!\s+(?:of|from)\b)",
@@ -324,8 +359,10 @@ def _rules() -> Rules:
         "heads": rf"\b(?:{m['heads']}|{d['work']}|{d['languages']})(?!\w)",
         "head_of_task": rf"^(?:(?:in|auf|into|ins|to)\s+{d['languages']}\s*[:,]|{m['heads']}\s+{m['of']}\s+[\"'“]"
         rf"|{m['code']}\b)",
+        "language_tail": rf"[-–?.!(,:]\s*(?:\w+\s+)?(?:in|into|to|auf|ins)\s+{d['languages']}"
+        r"(?:\s+(?:please|bitte))?\W*$",
         "cited": rf"\b(?:{m['citing']}|(?:in|auf)\s+{d['languages']}|{d['work']}|{m['texts']})\b",
         "demonstrative": rf"\b{m['pointing']}\b",
     }
-    flags = {"context_label": re.I | re.M, "context_tag": re.I | re.S}
+    flags = {"context_label": re.I | re.M}
     return {name: re.compile(pattern, flags.get(name, re.I)) for name, pattern in patterns.items()}
