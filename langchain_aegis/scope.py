@@ -38,6 +38,7 @@ from langchain_aegis.notices import warn_once
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
+_NONE: frozenset[str] = frozenset()
 _config: ContextVar[Mapping[str, Any] | None] = ContextVar("aegis_config", default=None)
 
 
@@ -102,11 +103,10 @@ class aegis_scope:  # used like a function: `with aegis_scope(tenant="acme"): ..
         ttl_s: float | None = None,
         cache: CacheUse | None = None,
     ) -> None:
-        names = {"tenant": tenant, "user": user, "task": task, "question": question}
-        for name, value in names.items():
+        changes: dict[str, Any] = {}
+        for name, value in (("tenant", tenant), ("user", user), ("task", task), ("question", question)):
             if value is not None:
-                _check_text(name, value)
-        changes: dict[str, Any] = {name: value for name, value in names.items() if value is not None}
+                changes[name] = _check_text(name, value)
         if ttl_s is not None:
             if isinstance(ttl_s, bool) or not isinstance(ttl_s, (int, float)) or not 0 < ttl_s < float("inf"):
                 raise AegisConfigError(f"ttl_s must be a number of seconds above 0, got {ttl_s!r}")
@@ -116,12 +116,15 @@ class aegis_scope:  # used like a function: `with aegis_scope(tenant="acme"): ..
                 raise AegisConfigError(f'cache must be "use", "refresh" or "off", got {cache!r}')
             changes["cache"] = cache
         self._changes = changes
-        self._sources = _check_ids(sources or ())
+        self._sources = _check_ids(sources) if sources else _NONE
         self._entered: list[tuple[Entered, Token[Entered | None]]] = []
 
     def _made(self, frame: Frame) -> Entered:
-        outer, missing = in_force(), frozenset[str]()
-        if outer is not None and outer.lost:
+        outer = in_force()
+        if outer is None:
+            return Entered(self._changes, Sources(self._sources), None, frame)
+        missing = _NONE
+        if outer.lost:
             missing, outer = outer.own_missing, outer.outer
         around = None if outer is None else outer.scope.sources
         made = Entered(self._changes, Sources(self._sources, around), outer, frame, missing)
