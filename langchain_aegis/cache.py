@@ -84,6 +84,9 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
         negative_ttl_s: How long such answers are kept.
         lease_s: For so long one process may make an answer while others wait for it; 0: each makes its own.
         lease_wait_s: How long a process waits for another's answer.
+        repeats: A text that was answered by meaning and is asked again gets an answer of its own, which serves exact
+            repeats from then on, so that a wrong hit is never served twice. "auto": if the stored question says it in
+            other words; "ask": always; "serve": never.
         settings: Defaults for all of the above.
 
     Raises:
@@ -131,6 +134,7 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
         negative_ttl_s: float = 60,
         lease_s: float = 0,
         lease_wait_s: float = 10,
+        repeats: Literal["auto", "serve", "ask"] = "auto",
         settings: AegisSettings | None = None,
     ) -> None:
         self.settings = (settings or AegisSettings.from_env()).but(
@@ -171,6 +175,7 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
             negative_ttl_s=negative_ttl_s,
             lease_s=lease_s,
             lease_wait_s=lease_wait_s,
+            repeats=repeats,
         )
         super().__init__(
             Engine(options, Embedder(self._make_embeddings, budget_s=self.settings.embed_budget_s)),

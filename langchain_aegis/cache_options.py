@@ -54,6 +54,7 @@ class Options:
     negative_ttl_s: float
     lease_ms: int
     lease_wait_s: float
+    repeats: Literal["auto", "serve", "ask"]
 
     @classmethod
     def checked(
@@ -81,6 +82,7 @@ class Options:
         negative_ttl_s: float,
         lease_s: float,
         lease_wait_s: float,
+        repeats: Literal["auto", "serve", "ask"],
         **rest: Any,
     ) -> Self:
         """Return the arguments as options. Raises AegisConfigError, which says what to write instead."""
@@ -88,6 +90,8 @@ class Options:
             raise AegisConfigError(f"embeddings must be a langchain_core Embeddings, got {type(embeddings).__name__}")
         if require_tenant not in (True, False, "auto"):
             raise AegisConfigError(f'require_tenant must be True, False or "auto", got {require_tenant!r}')
+        if repeats not in ("auto", "serve", "ask"):
+            raise AegisConfigError(f'repeats must be "auto", "serve" or "ask", got {repeats!r}')
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= 100:
             raise AegisConfigError(f"k must be a whole number from 1 to 100, got {k!r}")
         if unknown := set(guards_off) - set(GUARDS):
@@ -129,6 +133,7 @@ class Options:
             negative_ttl_s=negative_ttl_s,
             lease_ms=int(lease_s * 1000),
             lease_wait_s=lease_wait_s,
+            repeats=repeats,
             **rest,
         )
 

@@ -283,6 +283,7 @@ class Engine:
                 revalidate_ms=o.stale_while_revalidate_ms,
                 lease_ms=o.lease_ms,
                 wait_s=o.lease_wait_s,
+                repeats=o.repeats,
             ),
             **changes,
         )

@@ -18,8 +18,9 @@ from langchain_aegis.flows import Flow
 from langchain_aegis.keys import Key
 from langchain_aegis.store import Epochs, Near, Store
 from langchain_aegis.vectors import pack
-from langchain_aegis.verification import Profile, compare, profile
+from langchain_aegis.verification import Profile, compare, profile, same_words
 
+_SERVED: Final = "s"  # begins the note that an entry was served for a text, and until when it can be
 AGREES: Final = 0.5  # of a verifier: from here on one answer serves both questions
 
 
@@ -69,6 +70,8 @@ class Policy:
         revalidate_ms: How long an answer is served when it is stale already, while one caller renews it.
         lease_ms: How long this process may generate alone while others wait for its answer; 0 if they need not.
         wait_s: How long another process's answer is waited for.
+        repeats: Which texts are answered by meaning only the first time that they are asked: "ask" all, "serve" none,
+            "auto" those that say it in other words than the stored question.
         judge_all: Judge every candidate, also after one may serve.
     """
 
@@ -83,6 +86,7 @@ class Policy:
     revalidate_ms: int = 0
     lease_ms: int = 0
     wait_s: float = 0.0
+    repeats: str = "serve"
     judge_all: bool = False
 
 
@@ -221,9 +225,33 @@ def _by_meaning(found: Lookup, store: Store, policy: Policy, now_ms: int, profil
             key.scope, found.embedder, found.vector, policy.k, found.epochs, max(1, int(policy.budget_s * 500)),
             asking=key.exact,
         )  # fmt: skip
+        if policy.repeats != "serve" and any(_served_before(note, now_ms) for note in nearest.notes.values()):
+            found.reasons = ("asked_again",)
+            return
         yield from judge(found, nearest.near, nearest.notes, store, policy, now_ms)
-        if policy.touch and found.record is not None:
-            yield from store.touch(found.record.key, key.tenant, now_ms)
+        if (served := found.record) is not None and not policy.judge_all:
+            with contextlib.suppress(Unavailable):  # the answer is there
+                if _is_doubtful(found, served, policy):
+                    yield from store.note(key.exact, served.key, f"{_SERVED}{served.expires_ms}")
+                if policy.touch:
+                    yield from store.touch(served.key, key.tenant, now_ms)
+
+
+def _is_doubtful(found: Lookup, served: Record, policy: Policy) -> bool:
+    """Return whether the text shall not be answered by meaning a second time: a wrong hit is then not repeated."""
+    if policy.repeats != "auto" or found.profile is None:
+        return policy.repeats == "ask"
+    if policy.grey is not None and (found.similarity or 0.0) < policy.grey(found.min_similarity)[1]:
+        return False  # the verifier has agreed
+    try:
+        return not same_words(Profile.decode(served.profile), found.profile)
+    except ValueError:
+        return True
+
+
+def _served_before(note: str, now_ms: int) -> bool:
+    """Return whether a note says that this text was answered by meaning, with an entry that has not expired yet."""
+    return note.startswith(_SERVED) and note[1:].isdigit() and now_ms < int(note[1:])
 
 
 def _alone(found: Lookup, store: Store, policy: Policy, now_ms: Callable[[], int]) -> Flow[None]:

@@ -500,3 +500,32 @@ def test_a_plain_generation_may_be_reported_by_its_lookup_id(make_cache):
     (hit,) = cache.lookup("What is it?", MODEL)
     assert hit.text == "a thing"
     assert cache.report_wrong(seen[-1].lookup_id) is True
+
+
+# -- texts that are asked again ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("repeats", "tiers"), [("serve", "ss"), ("ask", "sm"), ("auto", "sm")])
+def test_a_text_in_other_words_is_answered_by_meaning_once(make_cache, repeats, tiers):
+    cache = make_cache(repeats=repeats, min_similarity=0.5)
+    taught(cache, "How do I purchase a reader card here?", "At the desk")
+    other_words = "How do I buy a reader card here?"
+    found = [asked(cache, other_words) for _ in range(2)]
+    assert "".join("s" if f else "m" for f in found) == tiers
+    if repeats != "serve":
+        assert cache.cache.stats().reasons["asked_again"] == 1
+        cache.update(prompt(other_words), MODEL, chat("At the desk, with a passport"))
+        assert asked(cache, other_words) == "At the desk, with a passport"
+
+
+def test_a_text_in_the_same_words_is_answered_by_meaning_each_time(make_cache):
+    cache = make_cache()
+    taught(cache)
+    assert [asked(cache, NEAR_BOOK) for _ in range(3)] == ["28 days"] * 3
+
+
+def test_explaining_does_not_count_as_asking(make_cache):
+    cache = make_cache(repeats="ask")
+    taught(cache)
+    assert cache.explain(prompt=prompt(NEAR_BOOK), llm_string=MODEL).decision == "semantic"
+    assert asked(cache, NEAR_BOOK) == "28 days"
