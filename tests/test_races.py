@@ -30,8 +30,12 @@ from langchain_aegis.batching_chat import _flights
 from langchain_aegis.testing import ScriptedOllama
 
 QUESTION, PARAPHRASE = "How long may I keep a book?", "How long can I keep a book?"
-WHOSE = {"tenant": "acme", "user": "ann"}
+WHOSE = {"tenant": "acme", "user": "ann", "task": "faq"}
 DEADLINE_S = 30
+
+BEGUN = pytest.mark.xfail(
+    strict=True, reason="the age of an answer counts from its end, not from when its making began"
+)
 
 # What removes the answer to QUESTION for WHOSE, resting on "loans.md".
 REMOVALS = {
@@ -41,15 +45,30 @@ REMOVALS = {
     "user": {"user": "ann"},
     "tenant and user": {"tenant": "acme", "user": "ann"},
     "tenant and sources": {"tenant": "acme", "sources": ["loans.md"]},
+    "task": {"task": "faq"},
+    "tenant and task": {"tenant": "acme", "task": "faq"},
+    "model": {"model": "what made it"},  # `remove` is told which
+    "tenant and model": {"tenant": "acme", "model": "what made it"},
+    "age": {"older_than_s": 0},
+    "tenant and age": {"tenant": "acme", "older_than_s": 0},
+    "nearness": {"near": "For how long may a book be kept?"},
+    "tenant and nearness": {"tenant": "acme", "near": "For how long may a book be kept?"},
     "clear": None,
 }
 # What concerns somebody else, and costs this answer nothing.
+RACES = [pytest.param(name, marks=BEGUN if name.endswith("age") else ()) for name in REMOVALS]
 OTHERS = {
     "sources": {"sources": ["fees.md"]},
     "tenant": {"tenant": "globex"},
     "user": {"user": "bob"},
     "tenant and user": {"tenant": "acme", "user": "bob"},
     "tenant and sources": {"tenant": "globex", "sources": ["loans.md"]},
+    "task": {"task": "chat"},
+    "tenant and task": {"tenant": "globex", "task": "faq"},
+    "model": {"model": "pipeline:other"},
+    "tenant and model": {"tenant": "globex", "model": "what made it"},
+    "age": {"older_than_s": 3600},
+    "tenant and age": {"tenant": "globex", "older_than_s": 0},
 }
 
 
@@ -87,13 +106,17 @@ async def cache(make):
     return await make()
 
 
-def remove(cache, what):
+def remove(cache, what, model="pipeline:rag"):
     """Do one of REMOVALS."""
-    return cache.clear() if what is None else cache.invalidate(**what)
+    return cache.clear() if what is None else cache.invalidate(**_told(what, model))
 
 
-async def aremove(cache, what):
-    return await (cache.aclear() if what is None else cache.ainvalidate(**what))
+async def aremove(cache, what, model="pipeline:rag"):
+    return await (cache.aclear() if what is None else cache.ainvalidate(**_told(what, model)))
+
+
+def _told(what, model):
+    return {**what, "model": model} if what.get("model") == "what made it" else what
 
 
 class Pipeline:
@@ -133,7 +156,7 @@ class Pipeline:
 
 
 @pytest.mark.parametrize("way", ["sync", "async"])
-@pytest.mark.parametrize("removed", REMOVALS)
+@pytest.mark.parametrize("removed", RACES)
 async def test_a_removal_wins_over_a_pipelines_answer_that_is_being_made(make, way, removed):
     """By another process, before the answer says what it rests on."""
     cache, other = await make(), await make()
@@ -145,7 +168,7 @@ async def test_a_removal_wins_over_a_pipelines_answer_that_is_being_made(make, w
     assert cache.stats().not_stored == {"invalidated": 1}
     assert await pipeline.ask(cache, way, PARAPHRASE) == "answer 2"
     assert await pipeline.ask(cache, way) == "answer 2"
-    assert await pipeline.ask(other, way) == "answer 2"
+    assert await pipeline.ask(other, way, PARAPHRASE) == "answer 2"
 
 
 @pytest.mark.parametrize("named", ["by the answer", "inside", "by the caller"])
@@ -156,7 +179,7 @@ async def test_it_wins_however_the_sources_were_named(make, removed, named):
     assert [await pipeline.ask(cache) for _ in range(3)] == ["answer 1", "answer 2", "answer 2"]
 
 
-@pytest.mark.parametrize("removed", REMOVALS)
+@pytest.mark.parametrize("removed", RACES)
 async def test_it_wins_from_another_thread_of_the_same_cache(cache, removed):
     def meanwhile():
         thread = threading.Thread(target=remove, args=(cache, REMOVALS[removed]))
@@ -167,7 +190,7 @@ async def test_it_wins_from_another_thread_of_the_same_cache(cache, removed):
     assert [await pipeline.ask(cache) for _ in range(3)] == ["answer 1", "answer 2", "answer 2"]
 
 
-@pytest.mark.parametrize("removed", REMOVALS)
+@pytest.mark.parametrize("removed", RACES)
 async def test_it_wins_where_users_share_answers(make, removed):
     cache, other = await make(share_within_tenant=True), await make(share_within_tenant=True)
     pipeline = Pipeline(lambda: remove(other, REMOVALS[removed]))
@@ -255,11 +278,12 @@ class Model(BaseChatModel):
 
 
 @pytest.mark.parametrize("way", ["sync", "async"])
-@pytest.mark.parametrize("removed", REMOVALS)
+@pytest.mark.parametrize("removed", RACES)
 async def test_a_removal_wins_over_a_models_answer_that_is_being_made(make, way, removed):
     cache, other = await make(), await make()
     what = REMOVALS[removed]
-    meanwhile = (lambda: remove(other, what)) if way == "sync" else (lambda: aremove(other, what))
+    named = {"what": what, "model": "numbered"}
+    meanwhile = (lambda: remove(other, **named)) if way == "sync" else (lambda: aremove(other, **named))
     model = Model(cache=cache, made=[], meanwhile=[meanwhile])
 
     async def ask(question=QUESTION):
@@ -312,7 +336,7 @@ def server(running):
 
 
 @pytest.mark.parametrize("way", ["sync", "async"])
-@pytest.mark.parametrize("removed", REMOVALS)
+@pytest.mark.parametrize("removed", RACES)
 async def test_a_removal_wins_over_a_stream_that_is_read_to_its_end_later(server, make, way, removed):
     cache, other = await make(), await make()
     model = ChatAegis("m", base_url=server.base_url, temperature=0.8, cache=cache)
@@ -328,7 +352,7 @@ async def test_a_removal_wins_over_a_stream_that_is_read_to_its_end_later(server
         else:
             stream = model.astream(QUESTION)
             chunks = [await anext(stream)]
-    await aremove(other, REMOVALS[removed])
+    await aremove(other, REMOVALS[removed], "m")
     chunks += list(stream) if way == "sync" else [chunk async for chunk in stream]
     assert cache.stats().not_stored == {"invalidated": 1}
     again = await ask()
@@ -365,7 +389,7 @@ async def until(true):
 
 
 @pytest.mark.parametrize("way", ["sync", "async"])
-@pytest.mark.parametrize("removed", REMOVALS)
+@pytest.mark.parametrize("removed", RACES)
 async def test_a_removal_wins_over_a_generation_that_many_callers_share(server, make, way, removed):
     cache, other = await make(), await make()
     model = batching(ChatAegis("m", base_url=server.base_url, temperature=0), cache=cache)
@@ -374,7 +398,7 @@ async def test_a_removal_wins_over_a_generation_that_many_callers_share(server, 
         asked = [start() for _ in range(5)]
         await server.await_until(lambda server: server.waiting == 1)
         await until(lambda: callers() == [5])
-        await aremove(other, REMOVALS[removed])
+        await aremove(other, REMOVALS[removed], "m")
     answers = await asyncio.wait_for(asyncio.gather(*asked), DEADLINE_S)
     assert (len(server.chats), len({answer.text for answer in answers})) == (1, 1)
     assert cache.stats().not_stored == {"invalidated": 5}
@@ -393,7 +417,7 @@ async def test_who_joins_a_generation_after_the_removal_keeps_nothing_of_it(serv
     with server.hold():
         asked = [start()]
         await server.await_until(lambda server: server.waiting == 1)
-        await aremove(other, REMOVALS[removed])
+        await aremove(other, REMOVALS[removed], "m")
         asked.append(start())
         await until(lambda: sum(callers()) == 2)
     await asyncio.wait_for(asyncio.gather(*asked), DEADLINE_S)
@@ -437,7 +461,7 @@ class Process:
     """Another process that asks and removes when it is told to."""
 
     def __init__(self, url, tests):
-        self.url = url
+        self.url, self.busy = url, False
         self._process = subprocess.Popen(
             [sys.executable, "-c", PROCESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tests
         )
@@ -448,26 +472,43 @@ class Process:
         self._process.stdin.flush()
 
     def hear(self):
-        return json.loads(self._reader.submit(self._process.stdout.readline).result(DEADLINE_S))
+        said = json.loads(self._reader.submit(self._process.stdout.readline).result(DEADLINE_S))
+        self.busy = said == "generating"
+        return said
 
     def order(self, do, namespace, **more):
+        self.busy = True
         self.tell({"do": do, "url": self.url, "namespace": namespace, **more})
 
     def close(self):
+        if self.busy:  # a test failed in the middle of an order
+            self._process.kill()
         self._process.stdin.close()
         self._process.wait(DEADLINE_S)
-        self._process.stdout.close()
         self._reader.shutdown()
+        self._process.stdout.close()
 
 
 @pytest.fixture(scope="module")
-def process(redis_url, request):
-    process = Process(redis_url, request.path.parent)
-    yield process
-    process.close()
+def processes(redis_url, request):
+    with contextlib.ExitStack() as exits:
+
+        def start():
+            process = Process(redis_url, request.path.parent)
+            exits.callback(process.close)
+            return process
+
+        yield [start(), start]
 
 
-@pytest.mark.parametrize("removed", REMOVALS)
+@pytest.fixture
+def process(processes):
+    if processes[0].busy:
+        processes[0] = processes[1]()
+    return processes[0]
+
+
+@pytest.mark.parametrize("removed", RACES)
 async def test_a_removal_here_wins_over_an_answer_that_another_process_makes(cache, make, process, removed):
     process.order("ask", make.namespace)
     assert process.hear() == "generating"
@@ -480,7 +521,7 @@ async def test_a_removal_here_wins_over_an_answer_that_another_process_makes(cac
     assert process.hear() == "answer 1"  # it generates nothing
 
 
-@pytest.mark.parametrize("removed", REMOVALS)
+@pytest.mark.parametrize("removed", RACES)
 async def test_a_removal_by_another_process_wins_over_an_answer_that_is_made_here(cache, make, process, removed):
     def meanwhile():
         process.order("remove", make.namespace, what=REMOVALS[removed])

@@ -41,9 +41,6 @@ from langchain_aegis.testing import ScriptedOllama
 
 QUESTION = "What is the notice period of our contract?"
 DEADLINE_S = 60
-NOT_SEEN = pytest.mark.xfail(strict=True, reason="a tenant that was named, but in no lookup, counts as never seen")
-STAYS = pytest.mark.xfail(strict=True, reason="a scope that is left in another context stays in force in its own")
-LAST_WINS = pytest.mark.xfail(strict=True, reason="scopes of generators that are read in turn get mixed up")
 
 
 class Same(Embeddings):
@@ -345,7 +342,6 @@ LOSING_APPS = {
 
 
 @pytest.mark.parametrize("app", LOSING_APPS.values(), ids=LOSING_APPS)
-@NOT_SEEN
 async def test_a_web_application_that_loses_the_scope_shares_nothing(server, model, app):
     """Although the cache has never seen a tenant: that somebody named one says enough."""
     await never_shared(server, app(model))
@@ -429,7 +425,6 @@ class OtherContext:
 
 @pytest.mark.parametrize("awaited", [True, False], ids=["async", "sync"])
 @pytest.mark.parametrize("left", [True, False], ids=["left", "left open"])
-@NOT_SEEN
 async def test_a_tenant_that_only_another_node_named_is_no_tenant_and_nothing_is_shared(server, model, awaited, left):
     def enter(state):
         scope = aegis_scope(tenant=get_runtime(OtherContext).context.customer)
@@ -606,7 +601,6 @@ async def test_a_scope_goes_along_with_its_context(server, model, run):
 
 
 @pytest.mark.parametrize("run", BARE_THREADS.values(), ids=BARE_THREADS)
-@NOT_SEEN
 async def test_a_bare_thread_knows_no_scope_and_nothing_is_shared(server, model, run):
     async def ask(tenant):
         with aegis_scope(tenant=tenant):
@@ -642,7 +636,6 @@ async def test_a_task_started_in_a_scope_keeps_it_after_the_scope_was_left(serve
     await kept_apart(server, ask)
 
 
-@NOT_SEEN
 async def test_a_worker_started_before_any_scope_shares_nothing(server, model):
     """A queue does not carry the context of those who put work into it."""
     work: asyncio.Queue[asyncio.Future[str]] = asyncio.Queue()
@@ -691,7 +684,6 @@ async def scoped_answers(model, tenant):
         yield (await model.ainvoke(QUESTION)).text
 
 
-@NOT_SEEN
 async def test_a_generator_read_step_by_step_in_several_tasks_shares_nothing(server, model):
     """Each step of it has a context of its own, in which the scope of the first step is not known."""
 
@@ -705,7 +697,6 @@ async def test_a_generator_read_step_by_step_in_several_tasks_shares_nothing(ser
     assert await never_shared(server, ask) == 4
 
 
-@STAYS
 async def test_a_generator_closed_in_another_task_leaves_no_tenant_behind(server, model):
     """Its reader goes on with a call for somebody else, named in the config."""
     texts = {}
@@ -719,7 +710,7 @@ async def test_a_generator_closed_in_another_task_leaves_no_tenant_behind(server
     assert (await model.ainvoke(QUESTION)).text not in texts.values()
 
 
-@pytest.mark.parametrize("bound", [True, pytest.param(False, marks=LAST_WINS)], ids=["wrapped", "bare"])
+@pytest.mark.parametrize("bound", [True, False], ids=["wrapped", "bare"])
 async def test_two_generators_read_in_turn_share_nothing(server, model, bound):
     """In one task, the scope that was entered last is in force for both, unless each is wrapped."""
 
