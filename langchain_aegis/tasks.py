@@ -36,7 +36,7 @@ def wants_answer(system: Sequence[str], around: Sequence[str], *, marked: bool =
     if any(reading.answering for reading in readings):
         return not any(reading.orders for reading in readings)
     # Only a prompt that speaks of answering is trusted to tell its documents from its orders.
-    readings = [_read(part, documents=True) for part in parts]
+    readings = [_read(part, documents=2 if i < len(told) else 1) for i, part in enumerate(parts)]
     if any(reading.orders or reading.loosely for reading in readings):
         return False
     return marked or not told or any(reading.neutral for reading in readings[: len(told)])
@@ -159,13 +159,14 @@ class _Reading:
 
 
 @lru_cache(maxsize=256)
-def _read(text: str, *, documents: bool = False) -> _Reading:
-    """Read instructions; `documents` says whether those in the text count, too."""
+def _read(text: str, *, documents: int = 0) -> _Reading:
+    """Read instructions; `documents` says how much of the documents in a long text is read with them."""
     rules = _rules()
     if not documents:
         text = without_documents(text)
-    if len(text) > _BEGINNING + _END:  # what is to be done stands before the documents, or behind them
-        text = f"{text[:_BEGINNING]}\n{text[-_END:]}"
+    beginning, end = _BEGINNING * (documents or 4), _END * (documents or 4)
+    if len(text) > beginning + end:  # what is to be done stands before the documents, or behind them
+        text = f"{text[:beginning]}\n{text[-end:]}"
     orders = loosely = neutral = False
     for sentence in _sentences(text):
         neutral = neutral or rules["neutral"].match(sentence) is not None
@@ -241,7 +242,7 @@ def _first_words() -> tuple[tuple[int, re.Pattern[str]], ...]:
         _PRODUCT: f"{_DATA['product']} {_DATA['languages']}",
         _CLASSES: _DATA["classes"],
         _MENTIONED: _DATA["mentioned"],
-        _INPUT: f"{_DATA['input']} {_DATA['whole']} following above",
+        _INPUT: f"{_DATA['input']} {_DATA['whole_begins']}",
         _LANGUAGE: _DATA["languages"],
     }
     return tuple(
@@ -286,7 +287,7 @@ _PROGRAM = re.compile(
     r"\{|\[|<\w|```|(?:select|insert|update|delete|match|with)\s.*(?:\sfrom\s|\sreturn\s|;)", re.I | re.S
 )
 _WORD = re.compile(r"\w+")
-_BEGINNING, _END = 6000, 3000  # characters
+_BEGINNING, _END = 1500, 800  # characters of a text that may be all documents
 _LONGEST = 600  # characters of a sentence; documents hold longer ones, tables
 _GROUP = re.compile(r"\(\?:([^()]*)\)(\??)")
 _LETTERS = re.compile(r"[^\W\d_]+")
