@@ -9,7 +9,7 @@ from langchain_core.load import dumps
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.outputs import ChatGeneration
 
-from langchain_aegis import AegisSemanticCache, was_cached
+from langchain_aegis import AegisSemanticCache, aegis_scope, was_cached
 
 MODEL = "[('_type', 'chat'), ('model', 'm'), ('stop', None)]"
 
@@ -39,7 +39,7 @@ def lookups():
 def cache(redis_url, lookups):
     with AegisSemanticCache(
         redis_url, Same(), namespace=f"w{uuid.uuid4().hex[:8]}", op_budget_s=10, embed_budget_s=30,
-        on_lookup=lookups.append,
+        require_tenant=False, on_lookup=lookups.append,
     ) as made:  # fmt: skip
         yield made
 
@@ -222,22 +222,16 @@ def prompts(where, text, task, number):
 
 
 PLACES = ("in the system prompt", "in the message", "in the system prompt, labelled", "before a label")
-SYSTEM = ("in the system prompt", "in the system prompt, labelled", "before a label")
-TAKEN_FOR_QUESTIONS = {  # what is not told from a question yet
-    "translate, English": ("in the message",), "translate, German": PLACES, "correct, English": ("in the message",),
-    "rewrite, German": ("in the message",), "summarise, English": SYSTEM, "summarise, German": SYSTEM,
-    "classify, German": SYSTEM, "extract, English": SYSTEM, "extract, German": SYSTEM, "code, English": SYSTEM,
-    "code, German": SYSTEM, "SQL, English": SYSTEM, "SQL, German": PLACES,
-}  # fmt: skip
-NOT_TOLD_APART = pytest.mark.xfail(
-    strict=True, reason="some wordings of this task are taken for an instruction to answer"
-)
+
+
+TAKEN_FOR_ANSWERS = {("summarise, German", "before a label"), ("code, German", "before a label")}
+NOT_TOLD_APART = pytest.mark.xfail(strict=True, reason="an indicative German task before a label counts as no task")
 
 
 @pytest.mark.parametrize(
     ("name", "where"),
     [
-        pytest.param(name, where, marks=NOT_TOLD_APART if where in TAKEN_FOR_QUESTIONS.get(name, ()) else ())
+        pytest.param(name, where, marks=NOT_TOLD_APART if (name, where) in TAKEN_FOR_ANSWERS else ())
         for name in TASKS
         for where in PLACES
     ],
@@ -300,10 +294,10 @@ def test_a_question_in_another_language_gets_no_answer_in_this_one(cache, form, 
     for pair in TRANSLATIONS:
         first, second = pair if order == "English first" else pair[::-1]
         wrap = rag if form == "in a RAG prompt" else lambda text: HumanMessage(f"{text} ")
-        label = SystemMessage(f"Be brief. {uuid.uuid4().hex}")  # a scope of its own for each pair
-        put(cache, label, wrap(first))
-        if tier(cache, label, wrap(second)) is not None:
-            served.append((first, second))
+        with aegis_scope(tenant=uuid.uuid4().hex):
+            put(cache, wrap(first))
+            if tier(cache, wrap(second)) is not None:
+                served.append((first, second))
     assert served == []
 
 
@@ -373,10 +367,41 @@ def test_a_real_question_that_is_written_a_little_differently_is_a_hit(cache, ch
     assert len(QUESTIONS) == 40
     missed = []
     for question in QUESTIONS:
-        label = SystemMessage(f"You help the readers of a library. {uuid.uuid4().hex}")
         wrap = rag if form == "RAG prompt" else HumanMessage
-        before = [label] if form != "bare" else [SystemMessage(uuid.uuid4().hex)]
-        put(cache, *before, wrap(question))
-        if tier(cache, *before, wrap(CHANGES[change](question))) != "semantic":
-            missed.append(question)
+        before = [] if form == "bare" else [SystemMessage("You help the readers of a library.")]
+        with aegis_scope(tenant=uuid.uuid4().hex):
+            put(cache, *before, wrap(question))
+            if tier(cache, *before, wrap(CHANGES[change](question))) != "semantic":
+                missed.append(question)
     assert missed == []
+
+
+SETS_NO_TASK = [
+    "You are a helpful assistant.",
+    "Be brief.",
+    "You are Max, the friendly bot of ACME.",
+    "Please respond in a friendly tone.",
+    "Never mention competitors. If you do not know the answer, say so.",
+    "You are a SQL expert. Answer questions about SQL.",
+    "You are an expert in tax law with 20 years of experience.",
+    "Answer in German.",
+    "Use the following context to answer.\n\nACME was founded in 1920 and sells kettles.",
+    "You are a customer service agent of a bank. Help customers with their questions.",
+    "Du bist ein hilfreicher Assistent.",
+    "Antworte knapp und nur auf Deutsch.",
+    "Du hilfst den Kunden einer Bank. Nenne keine Konkurrenten.",
+    "Beantworte Fragen zum Arbeitsrecht anhand des Kontexts.",
+]
+
+
+TOO_STRICT = pytest.mark.xfail(strict=True, reason="taken for the order to work on a text")
+HELD_BACK = ("Never mention", "You are a SQL expert")
+
+
+@pytest.mark.parametrize(
+    "system", [pytest.param(s, marks=TOO_STRICT if s.startswith(HELD_BACK) else ()) for s in SETS_NO_TASK]
+)
+def test_a_system_prompt_that_sets_no_task_leaves_questions_alone(cache, system):
+    for question in ("How long may I keep a book?", "Wie lange darf ich ein Buch behalten?"):
+        put(cache, SystemMessage(system), HumanMessage(question))
+        assert tier(cache, SystemMessage(system), HumanMessage(f"{question[:-1]} ?")) == "semantic"
