@@ -8,6 +8,7 @@ Run: python benchmarks/invalidate.py [--entries 100000] [--think-ms 100]
 
 import argparse
 import asyncio
+import functools
 import multiprocessing
 import random
 import statistics
@@ -44,6 +45,7 @@ def tenant(i):
     return f"tenant:{i % 10}"
 
 
+@functools.cache
 def vector(i):
     values = numpy.random.default_rng(i).standard_normal(DIMENSIONS)
     return (values / numpy.linalg.norm(values)).astype("<f2").tobytes()
@@ -77,7 +79,7 @@ def fill(url, count):
     return time.perf_counter() - started
 
 
-async def call(url, count, think_s, seed, until, phase, told):
+async def call(url, count, think_s, seed, until, phase, ready, told):
     """Look up until told to stop; tells (when it began, seconds, whether of the doomed, whether served) of each."""
     kept, connections = store(), Connections(url, budget_s=60)
 
@@ -90,22 +92,15 @@ async def call(url, count, think_s, seed, until, phase, told):
             i = drawn.randrange(count // 10) * 10 + digit
             began = time.monotonic()
             record, epochs = await arun(kept.read(name(i), ["namespace", tenant(i)]), connections.aperform)
-            near = await arun(kept.nearest(scope(i), EMBEDDER, vectors[i], 5, epochs, 5_000), connections.aperform)
+            near = await arun(kept.nearest(scope(i), EMBEDDER, vector(i), 5, epochs, 5_000), connections.aperform)
             hits = {n.record.key for n in near if n.similarity > 0.99} | ({record.key} if record else set())
+            if len(seen) == 10:
+                ready.release()
             seen.append((began, time.monotonic() - began, digit, name(i) in hits))
         return seen
 
-    vectors = {i: vector(i) for i in range(count)} if count <= 20_000 else Lazy()
     told.put([s for seen in await asyncio.gather(*map(caller, range(CALLERS // PROCESSES))) for s in seen])
     await connections.aclose()
-
-
-class Lazy(dict):
-    """Vectors, made when they are first asked for."""
-
-    def __missing__(self, i):
-        self[i] = vector(i)
-        return self[i]
 
 
 def work(*arguments):
@@ -119,15 +114,18 @@ def p99(seconds):
 def measure(url, count, think_s, kind):
     context = multiprocessing.get_context("spawn")
     until, told, phase = context.Event(), context.Queue(), context.Value("i", KINDS[kind])
+    ready = context.Semaphore(0)
     callers = [
-        context.Process(target=work, args=(url, count, think_s, KINDS[kind] * 10 + n, until, phase, told))
+        context.Process(target=work, args=(url, count, think_s, KINDS[kind] * 10 + n, until, phase, ready, told))
         for n in range(PROCESSES)
     ]
     for process in callers:
         process.start()
     kept, connections = store(), Connections(url, budget_s=60)
     thing = "source:doomed" if kind == "source" else tenant(KINDS[kind])
-    time.sleep(15)  # of which the last ten seconds count
+    for _ in range(CALLERS):
+        ready.acquire(timeout=120)
+    time.sleep(10)
     asked = time.monotonic()
     what = Invalidation([thing], [[thing]], kind == "source", now_ms=time.time_ns() // 1_000_000)
     removed = run(kept.invalidate(what), connections.perform)
