@@ -263,7 +263,7 @@ class _Builder:
         for kind in ("convert", "from", "to"):
             for word in self._add(direction[kind].split()):
                 word.direction = word.direction or kind
-        parts = {number: words for language in self.tables for number, words in self._parts(language)}
+        parts = {number: words for language in ("de", "en") for number, words in self._parts(language)}
         for language, table in self.tables.items():
             _index(table, language)
             for order, word in enumerate(word for word in table.words.values() if word.stop):

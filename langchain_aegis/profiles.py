@@ -16,8 +16,8 @@ from zlib import crc32
 from langchain_aegis.lexicon import AGENT, AUXILIARY, LANGUAGES, SYMMETRIC, Phrases, Word, lexicon
 from langchain_aegis.tokens import (
     CODE,
+    GERMAN,
     GREETING,
-    GROUPED,
     NAME,
     NUMBER,
     NUMERIC,
@@ -25,8 +25,12 @@ from langchain_aegis.tokens import (
     TOKEN,
     VERSION_TAG,
     Form,
+    as_float,
+    canonical,
     forms_of,
     join_particle,
+    language_of,
+    plain,
 )
 
 _VERSION = 3
@@ -100,10 +104,9 @@ class Profile(NamedTuple):
             raise ValueError("not a profile: unknown codes")
         if len(body) != _BODY.size + 4 * size + 2 * short or counts[9] % 2:
             raise ValueError("not a profile: of another length")
-        if size == counts[0]:  # of most questions
-            parts = (terms, (), (), (), (), ())
-        else:
-            parts = tuple(terms[sum(counts[:at]) : sum(counts[: at + 1])] for at in range(6))
+        parts: list[tuple[int, ...]] = [terms, (), (), (), (), ()]  # of most questions
+        if size != counts[0]:
+            parts = [terms[sum(counts[:at]) : sum(counts[: at + 1])] for at in range(6)]
         opposites = counts[6] + counts[7]
         frame = opposites + counts[8]
         return Profile(
@@ -164,51 +167,6 @@ def _spelling(low: str, key: bytes) -> int:
     return int.from_bytes(blake2b(skeleton.encode("utf-8", "surrogatepass"), digest_size=2, key=key).digest(), "big")
 
 
-def _language(tokens: list[str]) -> int:
-    """Return the position in LANGUAGES of the language that most of the common words belong to; 0 if undecided."""
-    votes = lexicon().votes
-    total = 0
-    for token in tokens:
-        total += votes.get(token) or votes.get(token.lower(), 0)
-    if total:
-        winner = _winner(total)
-        if winner >= 0:
-            return winner
-    # "Was kostet ..." could be both: the rest of the words decides.
-    tables = lexicon().tables
-    english, german = (sum(token.lower() in tables[name].words for token in tokens) for name in ("en", "de"))
-    german += sum(token.endswith(_GERMAN_ENDINGS) or not _UMLAUTS.isdisjoint(token) for token in tokens)
-    return 0 if english == german else _ENGLISH if english > german else _GERMAN
-
-
-@lru_cache(maxsize=1 << 12)
-def _winner(votes: int) -> int:
-    """Return the position with the most votes; 0 if others than English and German share them, -1 if those do."""
-    scores = [votes >> 16 * position & 0xFFFF for position in range(len(LANGUAGES))]
-    best = max(scores)
-    if scores.count(best) == 1:
-        return scores.index(best)
-    return -1 if best in (scores[_ENGLISH], scores[_GERMAN]) else 0
-
-
-_ENGLISH, _GERMAN = LANGUAGES.index("en"), LANGUAGES.index("de")
-_UMLAUTS = frozenset("äöüßÄÖÜ")
-_GERMAN_ENDINGS = (
-    "ieren",
-    "iert",
-    "iere",
-    "ung",
-    "ungen",
-    "keit",
-    "heit",
-    "lich",
-    "schaft",
-    "igkeit",
-    "stelle",
-    "zeiten",
-)
-
-
 class _Reader:
     """Reads one text from its first token to its last."""
 
@@ -223,8 +181,8 @@ class _Reader:
             text = text[:_MAX_CHARACTERS]
         tokens = TOKEN.findall(text)
         self.key = key
-        self.language = _language(tokens)
-        self.tongue = "de" if self.language == _GERMAN else "en"
+        self.language = language_of(tokens)
+        self.tongue = "de" if self.language == GERMAN else "en"
         tongue = self.tongue
         self.forms = [form for token in tokens for form in forms_of(token, tongue)]
         if tongue == "de":
@@ -324,9 +282,9 @@ class _Reader:
             if suffix in ("st", "nd", "rd", "th"):
                 self.numbers.add(_digest(f"#{digits}", self.key))
                 return after
-            value = _canonical(digits)
+            value = canonical(digits)
             if suffix == "k":
-                value = _plain(_float(value) * 1000)
+                value = plain(as_float(value) * 1000)
             elif suffix in ("am", "pm"):
                 self._codes(self.words[f"#{suffix}"])
             elif suffix and self._unit(suffix) is None:
@@ -340,15 +298,15 @@ class _Reader:
                 unit = suffix
         elif form.word is not None:
             weak = form.word.weak
-            value = _plain(form.word.value if form.word.value is not None else form.word.factor or 0)
+            value = plain(form.word.value if form.word.value is not None else form.word.factor or 0)
         while after < len(self.forms):
             word = self.forms[after].word
             if word is None or unit:
                 break
             if word.factor is not None:
-                value = _plain(_float(value) * word.factor)
-            elif form.kind != NUMERIC and word.value is not None and word.value < 10 <= _float(value) < 100:
-                value = _plain(_float(value) + word.value)
+                value = plain(as_float(value) * word.factor)
+            elif form.kind != NUMERIC and word.value is not None and word.value < 10 <= as_float(value) < 100:
+                value = plain(as_float(value) + word.value)
             elif self.forms[after].low in ("am", "pm") and form.kind == NUMERIC:
                 self._codes(self.words[f"#{self.forms[after].low}"])
             else:
@@ -359,7 +317,7 @@ class _Reader:
             after += 1
         if unit:
             dimension, factor = self._unit(unit) or ("", 1.0)
-            self.quantities.add(_digest(f"{dimension}:{_plain(_float(value) * factor)}", self.key))
+            self.quantities.add(_digest(f"{dimension}:{plain(as_float(value) * factor)}", self.key))
         else:
             digest = _digest(value, self.key)
             self.numbers.add(digest)
@@ -481,21 +439,3 @@ class _Reader:
             frozenset(frame),
             tuple(self.spellings),
         )
-
-
-def _canonical(digits: str) -> str:
-    """Return a number as it is compared: without separators of thousands, with a decimal point."""
-    if GROUPED.fullmatch(digits):
-        return digits.replace(",", "").replace(".", "")
-    return digits.replace(",", ".")
-
-
-def _float(value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        return 0.0
-
-
-def _plain(value: float) -> str:
-    return f"{value:.10g}"

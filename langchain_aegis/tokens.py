@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from langchain_aegis.lexicon import Phrases, Table, Word, lexicon, stem
+from langchain_aegis.lexicon import LANGUAGES, Phrases, Table, Word, lexicon, stem
 
 TOKEN = re.compile(
     r"""
@@ -36,6 +36,7 @@ _QUOTES = "\"'`„“”"
 VERSION_TAG = re.compile(r"v\d+(?:\.\d+)*")
 
 PLAIN, NUMERIC, CODE, NAME = range(4)
+ENGLISH, GERMAN = LANGUAGES.index("en"), LANGUAGES.index("de")
 
 
 @dataclass(slots=True)
@@ -177,3 +178,67 @@ def _denied(low: str, language: str, table: Table, capital: bool) -> Form | None
             base = stem(rest, language)
             return Form(low, base, table.words.get(rest) or table.stems.get(base), PLAIN, True, capital)
     return None
+
+
+def language_of(tokens: list[str]) -> int:
+    """Return the position in LANGUAGES of the language that most of the common words belong to; 0 if undecided."""
+    votes = lexicon().votes
+    total = 0
+    for token in tokens:
+        total += votes.get(token) or votes.get(token.lower(), 0)
+    if total:
+        winner = _winner(total)
+        if winner >= 0:
+            return winner
+    # "Was kostet ..." could be both: the rest of the words decides.
+    tables = lexicon().tables
+    english, german = (sum(token.lower() in tables[name].words for token in tokens) for name in ("en", "de"))
+    german += sum(token.endswith(_GERMAN_ENDINGS) or not _UMLAUTS.isdisjoint(token) for token in tokens)
+    return 0 if english == german else ENGLISH if english > german else GERMAN
+
+
+@lru_cache(maxsize=1 << 12)
+def _winner(votes: int) -> int:
+    """Return the position with the most votes; 0 if others than English and German share them, -1 if those do."""
+    scores = [votes >> 16 * position & 0xFFFF for position in range(len(LANGUAGES))]
+    best = max(scores)
+    if scores.count(best) == 1:
+        return scores.index(best)
+    return -1 if best in (scores[ENGLISH], scores[GERMAN]) else 0
+
+
+_UMLAUTS = frozenset("äöüßÄÖÜ")
+_GERMAN_ENDINGS = (
+    "ieren",
+    "iert",
+    "iere",
+    "ung",
+    "ungen",
+    "keit",
+    "heit",
+    "lich",
+    "schaft",
+    "igkeit",
+    "stelle",
+    "zeiten",
+)
+
+
+def canonical(digits: str) -> str:
+    """Return a number as it is compared: without separators of thousands, with a decimal point."""
+    if GROUPED.fullmatch(digits):
+        return digits.replace(",", "").replace(".", "")
+    return digits.replace(",", ".")
+
+
+def as_float(value: str) -> float:
+    """Return a number of a text; 0 for what only looks like one ("1.2.3", "12:30")."""
+    try:
+        return float(value)
+    except ValueError:
+        return 0.0
+
+
+def plain(value: float) -> str:
+    """Return a number so that equal ones read the same."""
+    return f"{value:.10g}"

@@ -103,11 +103,6 @@ def same_words(cached: Profile, new: Profile) -> bool:
     return (cached.terms ^ new.terms) <= lexicon().light
 
 
-def same_words(cached: Profile, new: Profile) -> bool:
-    """Return whether two questions differ only in words without content, in order or in inflection."""
-    return (cached.terms ^ new.terms) <= lexicon().light
-
-
 def _turned_round(cached: Profile, new: Profile) -> bool:
     """Return whether one question starts where the other ends."""
     if cached.source == new.source and cached.target == new.target:

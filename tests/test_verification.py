@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,8 @@ from langchain_aegis.verification import GUARDS, Profile, compare, profile, thre
 
 KEY = b"a key of the tests"
 profile("")  # reads the lexicon, so that no example pays for it
+NOUNS = ["printer", "ladder", "boiler", "ferry", "lamp", "gate", "kettle", "tent"]
+KNOWN = {"how", "do", "i", "enable", "disable", "from", "to", "the", "three", "reasons", "minutes", "orders", "table"}
 VOCABULARY = (
     "How do I enable disable not 30 minutes from Paris to Rome the Redis v2.4 three reasons € 500 Frage wie lange "
     'über kein "orders" parse_config non-members 18-year-old briefly in a table turn off July May 5k 2 million'
@@ -40,6 +43,31 @@ def test_a_profile_survives_its_bytes(text: str) -> None:
 def test_the_order_of_the_two_questions_makes_no_difference(left: str, right: str) -> None:
     one, other = profile(left, key=KEY), profile(right, key=KEY)
     assert compare(one, other) == compare(other, one)
+
+
+@given(TEXTS, st.sampled_from([str.upper, str.lower, str.title]), st.sampled_from(["", " ", "?", "!", " ?", "  "]))
+def test_case_of_known_words_punctuation_and_spaces_do_not_matter(
+    text: str, change: Callable[[str], str], end: str
+) -> None:
+    known = " ".join(word for word in text.split() if word.lower() in KNOWN)
+    assert compare(profile(known, key=KEY), profile("  " + change(known).replace(" ", "  ") + end, key=KEY)) == ()
+
+
+ADDED = st.sampled_from(["7", "30 minutes", "v9.9", "not", "Quedlinburg", "without", "7 %", "LN-4711"])
+
+
+@given(st.lists(st.sampled_from(NOUNS), min_size=2, max_size=5, unique=True), ADDED)
+def test_one_more_number_negation_or_name_always_blocks(nouns: list[str], added: str) -> None:
+    text = "How do I use the " + " and the ".join(nouns)
+    assert reasons(text, text) == ()
+    for other in (f"{text} {added}?", f"Which is the best way to use the {' and the '.join(nouns)} {added}?"):
+        assert reasons(text, other) != ()
+        assert reasons(other, text) != ()
+
+
+@given(TEXTS, st.sampled_from(["7777", "Quedlinburgx", "LN-4711"]))
+def test_what_no_lexicon_knows_is_never_dropped(text: str, added: str) -> None:
+    assert reasons(text, f"{text} . {added}") != ()
 
 
 @given(st.binary(max_size=200))
@@ -132,6 +160,18 @@ BLOCKED = [
     ("Wie wasche ich eine Jacke?", "Wie wasche ich einen Schal?", "substitution"),
     ("What covers the policy?", "What covers the ladder policy?", "restriction"),
     ("How deep is the lake?", "Which bakery sells rye?", "topic"),
+    ("Which forms may members send?", "Which forms must members send?", "antonym"),
+    ("Welche Formulare dürfen Mieter senden?", "Welche Formulare müssen Mieter senden?", "antonym"),
+    ("How do I clean the filter?", "How often must the filter be cleaned?", "question_word"),
+    ("Who repairs the lamp?", "What does the lamp show?", "question_word"),
+    ("Can the porter carry my trunk?", "Which trunk did the porter carry?", "question_word"),
+    ("How do I get net weight from gross weight?", "How do I get gross weight from net weight?", "direction"),
+    ("How do I move from Vela 20 to Vela 18?", "How do I move from Vela 18 to Vela 20?", "direction"),
+    ("Wie drehe ich das Wasser auf?", "Wie drehe ich das Wasser zu?", "antonym"),
+    ("Is the ferry free of charge?", "What does the ferry charge?", "antonym"),
+    ("Explain tides in one sentence", "Explain tides", "shape"),
+    ("Mozart Geburtstag", "Mozart birthday", "language"),
+    ("WLAN Passwort", "WiFi password", "language"),
     ("How do I reset the router?", "Wie setze ich den Router zurück?", "language"),
     ("Where is the museum?", "Wo ist das Museum?", "language"),
 ]
@@ -161,6 +201,14 @@ def test_a_difference_that_changes_the_answer_is_named(cached: str, new: str, co
         ("How long is a warranty of 24 months?", "How long is a warranty of 2 years?"),
         ("How do I log in?", "How do I sign in?"),
         ("What is the charge per month?", "What is the monthly charge?"),
+        ("When does the ferry sail?", "Could you tell me when the ferry sails?"),
+        ("May dogs use the ferry?", "Are dogs allowed to use the ferry?"),
+        ("What is the way to fold the tent?", "How do I fold the tent?"),
+        ("What's the depth of the lake?", "How deep is the lake?"),
+        ("Where is the return form kept?", "Where is the form for a return kept?"),
+        ("Wie melde ich mein Boot an?", "Wie kann ich mein Boot anmelden?"),
+        ("Wann wurde das Boot gekündigt?", "Wann hat man das Boot kündigen müssen?"),
+        ("Welche Frist gilt für die Kündigung?", "Welche Kündigungsfrist gilt?"),
         ("Wie buche ich ein Kajak?", "Wie kann ich ein Kajak reservieren?"),
         ("Was kostet das Zelt pro Tag?", "Was kostet das Zelt täglich?"),
     ],
