@@ -67,7 +67,7 @@ class Engine:
         self.shadow = Shadow(options.shadow_rate) if options.shadow_rate else None
         self.lock = threading.Lock()
         self._opened: tuple[Keyring, Store] | None = None
-        self._seen_tenant = False
+        self._seen_tenant = current().tenant is not None  # made inside a scope: before `tenants_named` is looked at
         self.calibration: Calibration | None = None  # of this embedder, once it is made
         self.wake_sweeper: Callable[[], None] = lambda: None
         self._named_before = tenants_named()

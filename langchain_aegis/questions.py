@@ -190,7 +190,7 @@ def exact_only_reason(
 
     Args:
         question: What would be embedded.
-        system: The system prompts. One that nothing tells to be about answering counts as a task.
+        system: The system prompts. One that speaks of work and not of answering counts as a task.
         around: What stands before and after the question in its message.
         earlier: What was said earlier, with the replies.
         marked: The caller said which part of the prompt is the question.

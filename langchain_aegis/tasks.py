@@ -25,8 +25,9 @@ def wants_answer(system: Sequence[str], around: Sequence[str], *, marked: bool =
     """Return whether a prompt's instructions leave the message a question to be answered.
 
     Args:
-        system: The system prompts. If nothing tells them to be about answering, the message counts as a text to be
-            worked on: "English to Dutch, no comments" can be said in too many ways.
+        system: The system prompts. If they speak of work or of what is to be made, and nothing tells them to be about
+            answering, the message counts as a text to be worked on: "English to Dutch, no comments" can be said in
+            too many ways.
         around: What stands before and after the question in its message.
         marked: The caller has said that it is a question; then only a task in plain words makes a text of it.
     """
@@ -39,7 +40,8 @@ def wants_answer(system: Sequence[str], around: Sequence[str], *, marked: bool =
     readings = [_read(part, documents=2 if i < len(told) else 1) for i, part in enumerate(parts)]
     if any(reading.orders or reading.loosely for reading in readings):
         return False
-    return marked or not told or any(reading.neutral for reading in readings[: len(told)])
+    system_readings = readings[: len(told)]
+    return marked or any(r.neutral for r in system_readings) or not any(r.speaks_of_work for r in system_readings)
 
 
 @lru_cache(maxsize=1024)
@@ -150,12 +152,14 @@ class _Reading:
         orders: It plainly orders to work on the message.
         loosely: It orders so, if nothing speaks of answering.
         neutral: It says who the model is, or how it is to speak.
+        speaks_of_work: It has a word that may tell what to do with a text, or what to make of it.
     """
 
     answering: bool
     orders: bool
     loosely: bool
     neutral: bool
+    speaks_of_work: bool
 
 
 @lru_cache(maxsize=256)
@@ -167,16 +171,17 @@ def _read(text: str, *, documents: int = 0) -> _Reading:
     beginning, end = _BEGINNING * (documents or 4), _END * (documents or 4)
     if len(text) > beginning + end:  # what is to be done stands before the documents, or behind them
         text = f"{text[:beginning]}\n{text[-end:]}"
-    orders = loosely = neutral = False
+    orders = loosely = neutral = work = False
     for sentence in _sentences(text):
         neutral = neutral or rules["neutral"].match(sentence) is not None
         if orders or rules["not_told"].search(sentence):
             continue
         told = rules["negated"].sub(" _ ", sentence)
         kinds = _kinds_of(told)
+        work = work or kinds != 0
         orders = _is_order(told, kinds, rules)
         loosely = loosely or _is_loose_order(told, kinds, rules)
-    return _Reading(rules["answering"].search(text) is not None, orders, loosely, neutral)
+    return _Reading(rules["answering"].search(text) is not None, orders, loosely, neutral, work)
 
 
 def _sentences(text: str) -> Iterator[str]:

@@ -73,9 +73,15 @@ def test_a_question_that_the_caller_marked_needs_no_system_prompt_about_answers(
         prompt = dumps([SystemMessage(instructions), HumanMessage("Well: how far is it?")])
         return RING.for_prompt(prompt, MODEL, Who(), "how far is it?").question
 
-    assert marked("Vienna, 2026.") == "how far is it?"
+    assert marked("Respond with short sentences.") == "how far is it?"
     assert marked("Translate the user's message.") is None
-    assert matched(SystemMessage("Vienna, 2026."), HumanMessage("How far is it?")) is None
+    assert matched(SystemMessage("Respond with short sentences."), HumanMessage("How far is it?")) is None
+
+
+@pytest.mark.parametrize("instructions", ["Vienna, 2026.", "It is 10:02.", "Never mention competitors.", "Tenant: acme",
+                                          "If unsure, say so.", "Heute ist Montag.", "S1"])  # fmt: skip
+def test_what_has_no_word_of_work_leaves_a_question_one(instructions):
+    assert matched(SystemMessage(instructions), HumanMessage("How far is it?")) == "How far is it?"
 
 
 @pytest.mark.parametrize("order", ["Translate the text into German.", "You correct English.", "Reply with SQL."])
