@@ -71,6 +71,7 @@ class Lexicon:
     canonical: dict[int, int]  # number of a form -> the one that stands for it and its synonyms
     light: frozenset[int]
     relations: frozenset[int]
+    acts: frozenset[int]  # verbs that say what is done
     category: frozenset[int]  # what a name may be introduced with
     implied: tuple[frozenset[int], ...]  # per question code: what its question word asks for already
     narrowing: frozenset[int]  # members of exclusive sets that narrow a question down
@@ -247,6 +248,7 @@ class _Builder:
         light = {
             number for language, text in synonyms["light"].items() for number in self._each(text.split(), (language,))
         }
+        acts = self._each(wordnet["acts"].split(), ("en",)) | self._each(synonyms["acts"]["de"].split(), ("de",))
         relations = {
             number
             for language, text in synonyms["relations"].items()
@@ -281,6 +283,7 @@ class _Builder:
             canonical={number: min(others) for number, others in self.related.items()},
             light=frozenset(light),
             relations=frozenset(relations),
+            acts=frozenset(acts),
             category=frozenset(category),
             implied=tuple(implied.get(code, frozenset()) for code in questions),
             narrowing=frozenset(narrowing - common),

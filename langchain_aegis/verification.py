@@ -185,15 +185,15 @@ def _wording(cached: Profile, new: Profile, known: Lexicon) -> list[str]:
         if not known.parts.keys().isdisjoint(left | right):
             _drop_phrases(left, right, cached, new, known)
     if not left or not right:
-        left -= known.light
-        right -= known.light
+        left = left - known.light  # "-=" would go through all of the long set
+        right = right - known.light
     if not (left or right):
         return ["order"] if _swapped(cached, new, known) else []
     if (not left or not right) and (
         cached.numbers & new.numbers or cached.names & new.names or cached.identifiers & new.identifiers
     ):
-        left -= known.category
-        right -= known.category
+        left = left - known.category
+        right = right - known.category
     found = []
     odd = left | right
     if cached.identifiers != new.identifiers and not odd.isdisjoint(cached.identifiers | new.identifiers):
@@ -222,7 +222,10 @@ def _reworded(left: set[int], right: set[int], cached: Profile, new: Profile, kn
     shared = min(len(cached.terms) - len(left), len(new.terms) - len(right))
     if max(len(left), len(right)) > 3 or len(odd) > 5 or shared < (2 if len(odd) < 3 else 3):
         return False
-    return known.graded.isdisjoint(odd) and known.narrowing.isdisjoint(odd)
+    if not (known.graded.isdisjoint(odd) and known.narrowing.isdisjoint(odd)):
+        return False
+    # "How do I cancel it", "what is the process for upgrading it": another act.
+    return known.acts.isdisjoint(left) or known.acts.isdisjoint(right)
 
 
 def _drop_phrases(left: set[int], right: set[int], cached: Profile, new: Profile, known: Lexicon) -> None:
