@@ -32,6 +32,7 @@ from langchain_aegis.testing import ScriptedOllama
 QUESTION, PARAPHRASE = "How long may I keep a book?", "How long can I keep a book?"
 WHOSE = {"tenant": "acme", "user": "ann", "task": "faq"}
 DEADLINE_S = 30
+DONE = {"done_reason": "stop"}
 
 BEGUN = pytest.mark.xfail(
     strict=True, reason="the age of an answer counts from its end, not from when its making began"
@@ -317,6 +318,61 @@ async def test_a_refresh_wins_over_an_answer_whose_making_began_before(make, way
         for _ in range(2):
             assert (await model.ainvoke(QUESTION)).text == model.invoke(QUESTION).text == "answer 2"
     assert len(model.made) == 1
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+async def test_a_report_wins_over_an_answer_that_is_being_made_from_what_was_reported(redis_url, make, way):
+    """Another process, whose embedder sees no near question, makes an answer to the very text of the wrong hit."""
+    cache = await make()
+    with aegis_scope(**WHOSE):
+        cache.get_or_generate(QUESTION, lambda: AIMessage("wrong", response_metadata=DONE), pipeline="rag")
+        hit = cache.get_or_generate(PARAPHRASE, lambda: AIMessage("never made"), pipeline="rag")
+    assert (hit.text, was_cached(hit)["tier"]) == ("wrong", "semantic")
+    with open_cache(redis_url, make.namespace) as other:
+        other._engine.embedder._make = lambda: None
+        pipeline = Pipeline(
+            (lambda: cache.report_wrong(hit)) if way == "sync" else (lambda: cache.areport_wrong(hit)), named="inside"
+        )
+        assert await pipeline.ask(other, way, PARAPHRASE) == "answer 1"
+        assert other.stats().not_stored == {"invalidated": 1}
+        await other.aclose()
+    assert await pipeline.ask(cache, way, PARAPHRASE) == "answer 2"
+    assert await pipeline.ask(cache, way, PARAPHRASE) == "answer 2"
+    assert await Pipeline().ask(cache, way) == "answer 1"  # what was reported is gone, and the pair never served again
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+async def test_who_opts_out_leaves_nothing_that_is_being_made(make, way):
+    cache, other = await make(), await make()
+    pipeline = Pipeline((lambda: other.opt_out("ann")) if way == "sync" else (lambda: other.aopt_out("ann")))
+    assert [await pipeline.ask(cache, way) for _ in range(2)] == ["answer 1", "answer 2"]
+    assert cache.stats().stored == 0
+    await other.aopt_in("ann")
+    assert [await pipeline.ask(cache, way) for _ in range(2)] == ["answer 3", "answer 3"]
+
+
+@pytest.mark.parametrize("removed", [name for name in REMOVALS if not name.endswith("age")])
+async def test_who_waits_for_another_process_is_not_given_what_was_removed(make, removed):
+    """With `lease_s` one process makes the answer, and the others wait for it."""
+    maker, waiter = await make(lease_s=60, lease_wait_s=60), await make(lease_s=60, lease_wait_s=60)
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    async def outdated():
+        begun.set()
+        await go.wait()
+        return Answer("outdated", sources=["loans.md"])
+
+    async def ask(cache, generate):
+        with aegis_scope(**WHOSE):
+            return await asyncio.wait_for(cache.aget_or_generate(QUESTION, generate, pipeline="rag"), DEADLINE_S)
+
+    first = asyncio.create_task(ask(maker, outdated))
+    await begun.wait()
+    second = asyncio.create_task(ask(waiter, lambda: Answer("new", sources=["loans.md"])))
+    await aremove(waiter, REMOVALS[removed])
+    go.set()
+    assert (await first, await second) == ("outdated", "new")
+    assert await ask(maker, lambda: "newer") in ("new", "newer")
 
 
 # -- streams and shared generations of ChatAegis
