@@ -413,7 +413,7 @@ class Engine:
         record, things = self._record(found, answer, by_meaning=by_meaning, digest=digest, negative=negative)
         try:
             reply = yield from self.store.put(
-                record, things=things, now_ms=record.created_ms, tenanted=key.tenanted,
+                record, things=things, now_ms=now_ms(), tenanted=key.tenanted,
                 max_entries=o.max_entries_per_tenant, fence=found.fence,
             )  # fmt: skip
         except Unavailable as exc:
@@ -456,8 +456,8 @@ class Engine:
         if o.share_within_tenant:  # another user may be served this: his lookup does not ask for this one's epochs
             extra += [t for t in key.things if t.startswith(("user:", "tenant-user:"))]
         ttl_s = o.negative_ttl_s if negative else scope.ttl_s or o.ttl_by_task.get(key.task) or o.settings.ttl_s
-        created_ms = now_ms()
-        fresh_ms = created_ms + int(ttl_s * 1000)
+        created_ms = found.began_ms or now_ms()  # an answer is as old as what was known when its making began
+        fresh_ms = now_ms() + int(ttl_s * 1000)
         stale_ms = 0 if negative else max(o.stale_while_revalidate_ms, o.stale_if_error_ms)
         record = entries.Record(
             key=key.exact, scope=key.scope if by_meaning else "", emb=found.embedder if by_meaning else "",

@@ -130,7 +130,8 @@ class Lookup:
         shadowed: An answer that would have been served, and is compared with the model's instead.
         fence: Number of the lease under which this process generates alone, or 0.
         lookup_id: Names this hit, for `cache.report_wrong`; "" for a miss.
-        started: When the lookup began, by `time.perf_counter`.
+        began_ms: When the lookup began, in unix milliseconds: no answer is younger than what was known then.
+        started: The same by `time.perf_counter`.
         asked_s: How long the exact read took.
     """
 
@@ -150,6 +151,7 @@ class Lookup:
     shadowed: Record | None = None
     fence: int = 0
     lookup_id: str = ""
+    began_ms: int = 0
     started: float = field(default_factory=time.perf_counter)
     asked_s: float = 0.0
 
@@ -167,7 +169,7 @@ def find(
         profile_key: Keys the words in the guards' profiles.
         serve: False: serve nothing, and see to it that no answer whose making has begun already is kept.
     """
-    found = Lookup(key)
+    found = Lookup(key, began_ms=now_ms())
     try:
         if not serve:
             found.epochs = yield from store.refresh(key.exact, key.things)
