@@ -95,15 +95,22 @@ def dumps(value: Any, *, sort: bool = True) -> bytes:
         return json.dumps(value, sort_keys=sort, separators=(",", ":")).encode()
 
 
+_KINDS_OF_CHUNKS = {
+    "AIMessageChunk": "ai", "HumanMessageChunk": "human", "SystemMessageChunk": "system", "ToolMessageChunk": "tool",
+    "FunctionMessageChunk": "function", "ChatMessageChunk": "chat",
+}  # fmt: skip
+
+
 def _message(item: dict[str, Any], numbers: dict[str, str]) -> Message:
     if item["lc"] != 1 or item["type"] != "constructor" or item["id"][:3] != ["langchain", "schema", "messages"]:
         raise ValueError("not a message")
     kwargs = item["kwargs"]
-    role = kwargs.get("role") or kwargs["type"]
+    kind = _KINDS_OF_CHUNKS.get(kwargs["type"], kwargs["type"])  # a stream that was put together is a message
+    role = kwargs.get("role") or kind
     content = kwargs["content"]
     if not isinstance(content, str):
         content = [_block(block, numbers) for block in content]
-    rest: dict[str, Any] = {"type": kwargs["type"]}
+    rest: dict[str, Any] = {"type": kind}
     if kwargs.get("name") is not None:
         rest["name"] = kwargs["name"]
     for field in ("tool_calls", "invalid_tool_calls"):
