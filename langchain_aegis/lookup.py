@@ -258,19 +258,27 @@ def _served_before(note: str, now_ms: int) -> bool:
 
 def _alone(found: Lookup, store: Store, policy: Policy, now_ms: Callable[[], int]) -> Flow[None]:
     """Let one process generate, and wait for its answer, but not for ever."""
-    until, pause_s = time.monotonic() + policy.wait_s, 0.01
-    while not (fence := (yield from store.lease(found.key.exact, policy.lease_ms))):
+    key, until, pause_s = found.key, time.monotonic() + policy.wait_s, 0.01
+    waited = False
+    while True:
+        fence = yield from store.lease(key.exact, policy.lease_ms)
+        if waited:  # what was learnt before the wait may be outdated, and the other's answer may be there
+            began_ms = now_ms()
+            record, epochs = yield from store.read(key.exact, key.things, tenant=key.tenant, user=key.user)
+            found.epochs, found.began_ms = epochs, began_ms
+            if record is not None and _current(record, began_ms, policy) and _fresh(record, began_ms):
+                found.record, found.tier, found.similarity, found.reasons = record, "exact", 1.0, ()
+                if fence:
+                    yield from store.release(key.exact, fence)
+                return
+        if fence:
+            found.fence = fence
+            return
         if time.monotonic() >= until:
             found.reasons = ("lease_wait",)
             return
         yield Wait(pause_s)
-        pause_s = min(0.25, pause_s * 1.5)
-        record, epochs = yield from store.read(found.key.exact, found.key.things, tenant=found.key.tenant)
-        if record is not None and _current(record, now_ms(), policy) and _fresh(record, now_ms()):
-            found.record, found.tier, found.similarity, found.reasons = record, "exact", 1.0, ()
-            return
-        found.epochs = epochs or found.epochs
-    found.fence = fence
+        waited, pause_s = True, min(0.25, pause_s * 1.5)
 
 
 def embed(found: Lookup, policy: Policy, profile_key: bytes) -> Flow[None]:
