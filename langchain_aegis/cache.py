@@ -19,6 +19,7 @@ from langchain_aegis.embedder import Embedder
 from langchain_aegis.engine import Engine
 from langchain_aegis.flows import arun, run
 from langchain_aegis.keys import FindQuestion
+from langchain_aegis.lexicon import lexicon
 from langchain_aegis.lookup import Lookup
 from langchain_aegis.notices import warn_once
 from langchain_aegis.performer import swallow
@@ -268,13 +269,14 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
     # -- parts ----------------------------------------------------------------------------------------------------
 
     def _make_embeddings(self) -> Embeddings | None:
-        """Return the embedder; notes what `aegis cache calibrate` has found for it. Runs in a thread."""
+        """Return the embedder; notes what `aegis cache calibrate` has found for it. Runs in a thread.
+
+        If the embedder fails here, it is made again later: without its own threshold it would serve too much.
+        """
         made = self._given if self._given is not None else self._default_embeddings()
+        lexicon()  # half of a first lookup's work, done where it blocks nobody
         if made is not None:
-            try:
-                self._engine.calibration = calibrated(made, self.settings)
-            except Exception as exc:  # embedders raise what they like; without figures there are the package's
-                swallow("calibration", exc)
+            self._engine.calibration = calibrated(made, self.settings)
         return made
 
     def _default_embeddings(self) -> Embeddings | None:
