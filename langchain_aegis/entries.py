@@ -130,15 +130,18 @@ def _mac(mac_key: bytes, values: Mapping[bytes, bytes]) -> bytes:
 def refusal(generations: Sequence[Generation]) -> str | None:
     """Return why these generations must not be stored, as a reason code, or None.
 
-    Only a complete answer is stored: a cut one would be served again and again. A plain `Generation` carries no such
-    information and is taken as it is.
+    Only a complete answer is stored: a cut one would be served again and again. A plain `Generation` need not say why
+    the model stopped; if it does, it must be complete too.
     """
     if not generations:
         return "empty"
     for generation in generations:
+        said: list[Mapping[str, Any]] = [generation.generation_info or {}]
         if not isinstance(generation, ChatGeneration):
             if not generation.text:
                 return "empty"
+            if _is_cut(said, _COMPLETE):
+                return "incomplete"
             continue
         message = generation.message
         if not isinstance(message, AIMessage):
@@ -147,14 +150,20 @@ def refusal(generations: Sequence[Generation]) -> str | None:
             return "invalid_tool_calls"
         if not message.content and not message.tool_calls:
             return "empty"
-        metadata = {**(generation.generation_info or {}), **message.response_metadata}
-        if metadata.get("done") is False:
-            return "incomplete"
-        reasons = [metadata[name] for name in _REASON_FIELDS if metadata.get(name) is not None]
-        allowed = _COMPLETE | _COMPLETE_CALL if message.tool_calls else _COMPLETE
-        if not reasons or any(reason not in allowed for reason in reasons):
+        said.append(message.response_metadata)
+        if not _reasons(said) or _is_cut(said, _COMPLETE | _COMPLETE_CALL if message.tool_calls else _COMPLETE):
             return "incomplete"
     return None
+
+
+def _reasons(said: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return every reason that is given for the end of an answer."""
+    return [told[name] for told in said for name in _REASON_FIELDS if told.get(name) is not None]
+
+
+def _is_cut(said: Sequence[Mapping[str, Any]], complete: frozenset[str]) -> bool:
+    """Return whether anything that is said about an answer tells that it is not complete."""
+    return any(told.get("done") is False for told in said) or any(reason not in complete for reason in _reasons(said))
 
 
 def calls_tools(generations: Sequence[Generation]) -> bool:
