@@ -10,13 +10,14 @@ from typing import Any, Literal, Self
 from langchain_core.caches import RETURN_VAL_TYPE, BaseCache
 from langchain_core.embeddings import Embeddings
 
-from langchain_aegis.cache_options import Bypass, Negative, Options
+from langchain_aegis.cache_options import Bypass, Negative, Options, checked_settings
 from langchain_aegis.calibration import calibrated
 from langchain_aegis.chunks import ChunkRule
 from langchain_aegis.connections import Connections
 from langchain_aegis.control import Control
 from langchain_aegis.embedder import Embedder
 from langchain_aegis.engine import Engine
+from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flows import arun, run
 from langchain_aegis.keys import FindQuestion
 from langchain_aegis.lexicon import lexicon
@@ -138,10 +139,12 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
         repeats: Literal["auto", "serve", "ask"] = "auto",
         settings: AegisSettings | None = None,
     ) -> None:
-        self.settings = (settings or AegisSettings.from_env()).but(
-            redis_url=redis_url, namespace=namespace, mode=mode, ttl_s=ttl_s, max_entry_bytes=max_entry_bytes,
+        self.settings = checked_settings(
+            settings, redis_url=redis_url, namespace=namespace, mode=mode, ttl_s=ttl_s, max_entry_bytes=max_entry_bytes,
             op_budget_s=op_budget_s, embed_budget_s=embed_budget_s,
         )  # fmt: skip
+        if redis_kwargs is not None and not isinstance(redis_kwargs, Mapping):
+            raise AegisConfigError(f"redis_kwargs must map names to values, got {type(redis_kwargs).__name__}")
         connections = Connections(
             self.settings.redis_url, client=redis, budget_s=self.settings.op_budget_s, kwargs=redis_kwargs
         )
@@ -167,6 +170,7 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
             chunks=chunks,
             verifier=verifier,
             verifier_band=verifier_band,
+            verifier_budget_s=verifier_budget_s,
             shadow_rate=shadow_rate,
             compare_answers=compare_answers,
             max_entries_per_tenant=max_entries_per_tenant,
@@ -257,6 +261,15 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # as a model's client: a copy of a model or a graph goes on with the same connections
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an AegisSemanticCache holds connections and cannot be pickled: make one in each process")
 
     async def __aenter__(self) -> Self:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, Literal, Self
 from langchain_core.embeddings import Embeddings
 
 from langchain_aegis.agreement import answers_agree
-from langchain_aegis.chunks import ChunkRule
+from langchain_aegis.chunks import ChunkRule, Chunks
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.keys import FindQuestion
 from langchain_aegis.lookup import Lookup
@@ -69,9 +70,14 @@ class Options:
         require_tenant: bool | Literal["auto"],
         bypass: Bypass | None,
         scope_ignore: Iterable[str],
+        find_question: FindQuestion | None,
         guards_off: Iterable[str],
+        on_lookup: Callable[[Lookup], None] | None,
+        labels: Labels | None,
+        chunks: ChunkRule | None,
         verifier: object,
         verifier_band: tuple[float, float] | None,
+        verifier_budget_s: float,
         keep_questions: bool,
         shadow_rate: float,
         compare_answers: Callable[[str, str], bool] | None,
@@ -94,11 +100,27 @@ class Options:
             raise AegisConfigError(f'repeats must be "auto", "serve" or "ask", got {repeats!r}')
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= 100:
             raise AegisConfigError(f"k must be a whole number from 1 to 100, got {k!r}")
-        if unknown := set(guards_off) - set(GUARDS):
+        off = _texts("guards_off", guards_off)
+        if unknown := set(off) - set(GUARDS):
             raise AegisConfigError(f"no guard named {', '.join(sorted(unknown))}; there are {', '.join(GUARDS)}")
-        _check_number("max_entries_per_tenant", max_entries_per_tenant, at_least=1, whole=True)
+        for name, value in (("keep_questions", keep_questions), *rest.items()):  # what is left are switches
+            if not isinstance(value, bool):
+                raise AegisConfigError(f"{name} must be True or False, got {value!r}")
+        for name, rule in (
+            ("find_question", find_question),
+            ("on_lookup", on_lookup),
+            ("compare_answers", compare_answers),
+        ):
+            _check_rule(name, rule)
+        if labels is not None and not isinstance(labels, Labels):
+            raise AegisConfigError(f"labels must be a Labels, got {type(labels).__name__}")
+        _check_rule("chunks", None if isinstance(chunks, str) else chunks)
+        Chunks(chunks)  # a pattern that is none is said now
+        if max_entries_per_tenant is not None:
+            _check_number("max_entries_per_tenant", max_entries_per_tenant, at_least=1, whole=True)
         _check_number("shadow_rate", shadow_rate, at_most=0.5)
         _check_number("negative_ttl_s", negative_ttl_s, above=0)
+        _check_number("verifier_budget_s", verifier_budget_s, above=0)
         for name, seconds in (
             ("stale_while_revalidate_s", stale_while_revalidate_s),
             ("stale_if_error_s", stale_if_error_s),
@@ -106,12 +128,12 @@ class Options:
             ("lease_wait_s", lease_wait_s),
         ):
             _check_number(name, seconds)
-        if verifier_band is not None and not (
-            len(verifier_band) == 2 and 0.5 <= verifier_band[0] < verifier_band[1] <= 1.01
-        ):
+        if verifier_band is not None and not _is_band(verifier_band):
             raise AegisConfigError(f"verifier_band must be two cosines like (0.75, 0.97), got {verifier_band!r}")
-        if bad := [t for t in (ttl_by_task or {}).values() if not t > 0]:
-            raise AegisConfigError(f"ttl_by_task must hold seconds above 0, got {bad[0]!r}")
+        if not isinstance(ttl_by_task or {}, Mapping):
+            raise AegisConfigError(f"ttl_by_task must map tasks to seconds, got {type(ttl_by_task).__name__}")
+        for task, seconds in (ttl_by_task or {}).items():
+            _check_number(f"ttl_by_task[{task!r}]", seconds, above=0)
         return cls(
             settings=settings,
             min_similarity=_min_similarity(min_similarity, distance_threshold),
@@ -120,7 +142,11 @@ class Options:
             require_tenant=require_tenant,
             bypass=_matching("bypass", bypass),
             scope_ignore=_patterns("scope_ignore", scope_ignore),
-            guards_off=frozenset(guards_off),
+            find_question=find_question,
+            guards_off=frozenset(off),
+            on_lookup=on_lookup,
+            labels=labels,
+            chunks=chunks,
             verifies=verifier is not None,
             verifier_band=verifier_band,
             keep_questions=keep_questions or verifier is not None,  # the verifier reads both questions
@@ -139,20 +165,36 @@ class Options:
 
     def grey(self, min_similarity: float) -> tuple[float, float]:
         """Return the cosines between which the verifier must agree, for the lowest that is served without one."""
-        return self.verifier_band or (max(0.5, min_similarity - 0.1), 0.97)
+        low, high = self.verifier_band or (max(0.5, min_similarity - 0.1), 0.97)
+        return low, max(high, min_similarity)  # nothing below the threshold is served without its consent
+
+
+def checked_settings(settings: AegisSettings | None, **changes: Any) -> AegisSettings:
+    """Return the settings of the environment, or those given, with the cache's own arguments in their place.
+
+    Raises:
+        AegisConfigError: A value cannot be used.
+    """
+    if settings is not None and not isinstance(settings, AegisSettings):
+        raise AegisConfigError(f"settings must be an AegisSettings, got {type(settings).__name__}")
+    for name, value in changes.items():
+        if name in ("redis_url", "namespace", "mode"):
+            if value is not None and not isinstance(value, str):
+                raise AegisConfigError(f"{name} must be a text, got {value!r}")
+        elif value is not None:
+            _check_number(name, value, above=0)
+    return (settings if settings is not None else AegisSettings.from_env()).but(**changes)
 
 
 def _check_number(
     name: str,
-    value: float | None,
+    value: float,
     *,
     above: float | None = None,
     at_least: float = 0,
     at_most: float = float("inf"),
     whole: bool = False,
 ) -> None:
-    if value is None:
-        return
     kinds = (int,) if whole else (int, float)
     right = isinstance(value, kinds) and not isinstance(value, bool) and at_least <= value <= at_most
     if not right or (above is not None and not value > above) or value == float("inf"):
@@ -165,6 +207,8 @@ def _min_similarity(similarity: float | None, distance: float | None) -> float |
     if distance is not None:
         if similarity is not None:
             raise AegisConfigError("give min_similarity or distance_threshold, not both")
+        if isinstance(distance, bool) or not isinstance(distance, (int, float)):
+            raise AegisConfigError(f"distance_threshold must be a number, got {distance!r}")
         similarity = 1.0 - distance
     if similarity is None:
         return None
@@ -177,9 +221,7 @@ def _min_similarity(similarity: float | None, distance: float | None) -> float |
 
 
 def _patterns(name: str, patterns: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(patterns, str):
-        raise AegisConfigError(f"{name} must be a list of patterns; write {name}=[pattern]")
-    told = tuple(patterns)
+    told = _texts(name, patterns)
     for pattern in told:
         try:
             re.compile(pattern)
@@ -193,6 +235,26 @@ def _matching(name: str, rule: Bypass | None) -> Callable[[str], bool]:
     if rule is None:
         return lambda _: False
     if callable(rule):
+        _check_rule(name, rule)
         return rule
     patterns = [re.compile(p, re.IGNORECASE) for p in _patterns(name, rule)]
     return lambda text: any(p.search(text) for p in patterns)
+
+
+def _texts(name: str, told: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(told, str) or not isinstance(told, Iterable):
+        raise AegisConfigError(f"{name} must be a list of texts, got {told!r}; write {name}=[text]")
+    return tuple(told)
+
+
+def _check_rule(name: str, rule: object) -> None:
+    # A coroutine would count as true wherever a rule is asked, and nobody would await it.
+    if rule is not None and (not callable(rule) or inspect.iscoroutinefunction(rule)):
+        raise AegisConfigError(f"{name} must be a function that is no coroutine function, got {rule!r}")
+
+
+def _is_band(band: object) -> bool:
+    if not isinstance(band, (tuple, list)) or len(band) != 2:
+        return False
+    low, high = band
+    return all(isinstance(v, (int, float)) for v in band) and 0.5 <= low < high <= 1.01
