@@ -75,8 +75,11 @@ class Embedder:
             if self._embeddings is None:
                 if time.monotonic() < self._look_again:
                     raise Unavailable("no_embedder")
-                self._look_again = time.monotonic() + _RETRY_S
-                self._embeddings = self._make()
+                try:
+                    self._embeddings = self._make()
+                finally:  # only now: while it is made, it is not missing, and others wait for it
+                    if self._embeddings is None:
+                        self._look_again = time.monotonic() + _RETRY_S
                 if self._embeddings is None:
                     raise Unavailable("no_embedder")
             return self._embeddings

@@ -419,6 +419,17 @@ def test_a_broken_embedder_costs_only_the_semantic_tier(make_cache):
     assert cache.lookup(prompt("How long can I keep a book?"), MODEL) is None
 
 
+def test_an_embedder_that_is_being_made_is_not_missing(make_cache, monkeypatch):
+    cache = make_cache()
+    embedder = cache.cache._engine.embedder
+    seen = []
+    make = embedder._make
+    monkeypatch.setattr(embedder, "_make", lambda: (seen.append(embedder.missing), make())[1])
+    assert cache.lookup(prompt("How long may I keep a book?"), MODEL) is None
+    assert seen == [False]
+    assert not embedder.missing
+
+
 def test_vectors_without_a_direction_are_never_stored_or_asked(make_cache):
     cache = make_cache(embeddings=Odd())
     for question in ("How long may I keep a book?", "What does a card cost?"):
