@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.identity import normalise_model
@@ -19,7 +19,7 @@ def plan(
     keyring: Keyring,
     *,
     now_ms: int,
-    sources: Collection[str] | None = None,
+    sources: Iterable[str] | None = None,
     tenant: str | None = None,
     user: str | None = None,
     task: str | None = None,
@@ -43,8 +43,9 @@ def plan(
     Raises:
         AegisConfigError: A value cannot be used, or this combination.
     """
-    if isinstance(sources, str):
+    if isinstance(sources, str) or not isinstance(sources, Iterable | None):
         raise AegisConfigError("sources must be a collection of ids; write sources=[id]")
+    sources = None if sources is None else list(sources)  # a generator can be read only once
     texts = {"tenant": tenant, "user": user, "task": task, "model": model, "near": near}
     for name, value in (*texts.items(), *(("a source", s) for s in sources or ())):
         if value is not None and (not isinstance(value, str) or not value.strip()):
@@ -63,7 +64,7 @@ def plan(
     if near is not None:
         return Invalidation(near=())
     if sources is not None:
-        kind, values = "source", list(sources)
+        kind, values = "source", sources
     elif user is not None:
         kind, values = "user", [user]
     elif task is not None:
