@@ -395,7 +395,7 @@ SETS_NO_TASK = [
 
 
 TOO_STRICT = pytest.mark.xfail(strict=True, reason="taken for the order to work on a text")
-HELD_BACK = ("Never mention", "You are a SQL expert")
+HELD_BACK = ("You are a SQL expert",)
 
 
 @pytest.mark.parametrize(
