@@ -194,12 +194,7 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
     def lookup(self, prompt: str, llm_string: str) -> RETURN_VAL_TYPE | None:
         """Return the kept answer to `prompt`, as a fresh list of generations, or None."""
         try:
-            if (keyed := self._engine.key_of(prompt, llm_string)) is None:
-                return None
-            found = run(self._engine.find(keyed[0]), self._perform)
-            if (answer := self._engine.finish(found)) is None:
-                self._engine.remember(prompt, llm_string, keyed[1], found)
-            return answer
+            return run(self._engine.lookup(prompt, llm_string), self._perform)
         except Exception as exc:  # LangChain calls this bare: whatever goes wrong here must not cost the user his call
             swallow("lookup", exc)
             return None
@@ -207,12 +202,7 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
     async def alookup(self, prompt: str, llm_string: str) -> RETURN_VAL_TYPE | None:
         """Return the kept answer to `prompt`, as a fresh list of generations, or None."""
         try:
-            if (keyed := self._engine.key_of(prompt, llm_string)) is None:
-                return None
-            found = await arun(self._engine.find(keyed[0]), self._aperform)
-            if (answer := self._engine.finish(found)) is None:
-                self._engine.remember(prompt, llm_string, keyed[1], found)
-            return answer
+            return await arun(self._engine.lookup(prompt, llm_string), self._aperform)
         except Exception as exc:  # as in `lookup`
             swallow("lookup", exc)
             return None

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import BaseMessage, HumanMessage
 from redis.exceptions import RedisError
 
@@ -17,7 +18,7 @@ from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.explain import explain_call, explain_pipeline, explain_question
 from langchain_aegis.flows import Flow, arun, run
 from langchain_aegis.keys import Key
-from langchain_aegis.lookup import Lookup, embed, guard_codes
+from langchain_aegis.lookup import Lookup, Work, embed, guard_codes
 from langchain_aegis.performer import Performer
 from langchain_aegis.questions import exact_only_reason
 from langchain_aegis.replays import dumped
@@ -116,13 +117,11 @@ class Control(Performer):
             AegisConfigError: It is no cached message of this cache, nor a lookup id.
             AegisConnectionError: Redis did not answer; call again.
         """
-        asked, served = self._reported(message_or_lookup_id)
-        return self._insist(lambda: self._engine.store.report(served, asked))
+        return self._insist(lambda: self._reporting(message_or_lookup_id))
 
     async def areport_wrong(self, message_or_lookup_id: BaseMessage | str) -> bool:
         """Like `report_wrong`."""
-        asked, served = self._reported(message_or_lookup_id)
-        return await self._ainsist(lambda: self._engine.store.report(served, asked))
+        return await self._ainsist(lambda: self._reporting(message_or_lookup_id))
 
     def opt_out(self, user: str) -> int:
         """Keep nothing of a user from now on, serve him nothing, and remove what is kept; returns how many entries.
@@ -309,7 +308,7 @@ class Control(Performer):
         yield from self._engine.store.opt(self._engine.keyring.thing("user", told["user"]), out)
         return (yield from self._invalidation(told)) if out else 0
 
-    def _reported(self, message_or_lookup_id: BaseMessage | str) -> tuple[str, str]:
+    def _reporting(self, message_or_lookup_id: BaseMessage | str) -> Flow[bool]:
         told: Any = message_or_lookup_id
         if isinstance(told, BaseMessage):
             told = (was_cached(told) or {}).get("lookup_id")
@@ -319,7 +318,8 @@ class Control(Performer):
                 "report_wrong takes a message that was_cached(), or the lookup_id in its marks; this is none of a "
                 "cache with this secret"
             )
-        return keys
+        asked, served = keys
+        return (yield from self._engine.store.report(served, asked))
 
     def _explanation(
         self, question: str | None, prompt: str | Sequence[BaseMessage] | None, model: Any, llm_string: str | None,
@@ -330,14 +330,17 @@ class Control(Performer):
         if prompt is not None:
             if (model is None) == (llm_string is None) or question is not None or pipeline is not None:
                 raise AegisConfigError("explain a prompt together with its model (or its llm_string), and nothing else")
-            text = prompt if isinstance(prompt, str) and llm_string is not None else _dumped(prompt)
+            if llm_string is None and not isinstance(model, BaseChatModel):
+                raise AegisConfigError(f"model must be the chat model that is called, got {type(model).__name__}")
+            told = prompt if isinstance(prompt, str) and llm_string is not None else None
+            text = told if told is not None else (yield Work(partial(_dumped, prompt)))
             named = llm_string if llm_string is not None else model._get_llm_string()
-            return explain_call(self._engine, text, named)
+            return (yield from explain_call(self._engine, text, named))
         if question is None:
             raise AegisConfigError("say what to explain: question=, or prompt= and model=")
         if pipeline is not None:
-            return explain_pipeline(self._engine, question, pipeline, version)
-        return explain_question(self._engine, question)
+            return (yield from explain_pipeline(self._engine, question, pipeline, version))
+        return (yield from explain_question(self._engine, question))
 
     def _health(self, held: tuple[int, int] | None) -> CacheHealth:
         entries, tenants = held or (0, 0)

@@ -9,12 +9,11 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from langchain_core.messages import AIMessage
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, Generation
 
 from langchain_aegis import entries
@@ -25,35 +24,25 @@ from langchain_aegis.counts import Counts, cost_of
 from langchain_aegis.embedder import Embedder
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flows import Flow
+from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.home import load_secret
 from langchain_aegis.keys import Declined, Key, Keyring, Who
 from langchain_aegis.lookup import Lookup, Policy, Work, embed, find, take_vector
 from langchain_aegis.notices import warn_once
 from langchain_aegis.reports import lookup_id
-from langchain_aegis.results import CacheStats
+from langchain_aegis.results import CacheStats, was_cached
 from langchain_aegis.scope import current, tenants_named, who
 from langchain_aegis.scopes_seen import ScopesSeen
 from langchain_aegis.shadow import Shadow
-from langchain_aegis.stamps import note_lookup
+from langchain_aegis.stamps import forgotten, note_lookup, recall, remember
 from langchain_aegis.store import Store
 from langchain_aegis.vectors import pack, similarities
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    """A lookup whose update is still to come; the context in which both run carries it."""
-
-    engine: object
-    prompt: str
-    llm_string: str
-    who: Who
-    found: Lookup
-
-
-_pending: ContextVar[tuple[_Pending, ...]] = ContextVar("aegis_pending", default=())
-_PENDING_KEPT = 8  # so many calls may be nested in one another
+_LONG = 4_000  # characters of a prompt that is read in a thread: beyond, it takes milliseconds
+_LONGEST_S = 10 * 365 * 86_400  # beyond, Redis could not count
 
 
 class Engine:
@@ -65,13 +54,18 @@ class Engine:
         self.counts = Counts()
         self.scopes = ScopesSeen()
         self.shadow = Shadow(options.shadow_rate) if options.shadow_rate else None
-        self.lock = threading.Lock()
+        self.reset()
+        reset_after_fork(self)
         self._opened: tuple[Keyring, Store] | None = None
         self._seen_tenant = current().tenant is not None  # made inside a scope: before `tenants_named` is looked at
         self.calibration: Calibration | None = None  # of this embedder, once it is made
         self.wake_sweeper: Callable[[], None] = lambda: None
         self._named_before = tenants_named()
         self._identity = object()  # unlike id(self), never another engine's after this one is gone
+
+    def reset(self) -> None:
+        """Take a new lock: another thread of the parent may have held the old one."""
+        self._lock = threading.Lock()
 
     @property
     def store(self) -> Store:
@@ -103,15 +97,17 @@ class Engine:
 
     # -- one call -------------------------------------------------------------------------------------------------
 
-    def key_of(self, prompt: str, llm_string: str) -> tuple[Key, Who] | None:
-        """Return where the answer belongs, or None if the cache must not be used for this call."""
-        told = self._who()
-        return None if told is None else self._keyed(prompt, llm_string, told)
-
-    def _keyed(self, prompt: str, llm_string: str, told: Who) -> tuple[Key, Who] | None:
-        key = self.locate(prompt, llm_string, told)
+    def lookup(self, prompt: str, llm_string: str) -> Flow[list[Generation] | None]:
+        """Return what is served for a model's call, fresh for it; a miss is kept in mind for the update."""
+        note_lookup("")
+        told = self.caller()
+        key = (yield from self.located(prompt, llm_string, told)) if isinstance(told, Who) else told
         if isinstance(key, Key):
-            return key, told
+            found = yield from self.find(key)
+            answer = self._served(found, entries.decode_answer)
+            if answer is None:
+                remember(self._identity, prompt, llm_string, told, found)
+            return answer
         if key == "unnamed_model":
             warn_once(
                 "unnamed_model",
@@ -121,20 +117,37 @@ class Engine:
         self.counts.bypassed(key)
         return None
 
-    def locate(self, prompt: str, llm_string: str, told: Who) -> Key | str:
+    def located(self, prompt: str, llm_string: str, told: Who) -> Flow[Key | str]:
         """Return where the answer belongs, or the reason why the cache is not used."""
+        yield from self.ready()
+        locate = partial(self._locate, prompt, llm_string, told)
+        return (yield Work(locate)) if len(prompt) > _LONG else locate()
+
+    def ready(self) -> Flow[None]:
+        """See to it that the secret is read, which an event loop shall not wait for."""
+        if self._opened is None:
+            yield Work(self._open)
+
+    def _locate(self, prompt: str, llm_string: str, told: Who) -> Key | str:
         key = self.keyring.for_prompt(prompt, llm_string, told, current().question)
         if isinstance(key, Declined):
             return key.reason
         return "bypass" if self.options.bypass(key.question if key.question is not None else prompt) else key
 
-    def pipeline_key(self, question: str, pipeline: str, version: str) -> Key | None:
-        """Return where a pipeline's answer belongs, or None if the cache must not be used."""
-        if (told := self._who()) is None:
-            return None
-        key = self.locate_pipeline(question, pipeline, version, told)
+    def lookup_value(
+        self, question: str, pipeline: str, version: str
+    ) -> Flow[tuple[Lookup | None, tuple[Literal[True], Any] | None]]:
+        """Return the lookup of a pipeline's call, None if the cache is not used, and (True, value) if it is a hit."""
+        found = yield from self.find_value(question, pipeline, version)
+        return found, None if found is None else self._served(found, entries.decode_value)
+
+    def find_value(self, question: str, pipeline: str, version: str) -> Flow[Lookup | None]:
+        """Look a pipeline's answer up; None if the cache must not be used."""
+        yield from self.ready()
+        told = self.caller()
+        key = self.locate_pipeline(question, pipeline, version, told) if isinstance(told, Who) else told
         if isinstance(key, Key):
-            return key
+            return (yield from self.find(key))
         self.counts.bypassed(key)
         return None
 
@@ -149,36 +162,39 @@ class Engine:
         serve = current().cache != "refresh"
         found = yield from find(self.store, key, self.policy(), now_ms, self.keyring.profile_key, serve=serve)
         note_lookup(found.epochs.stamp() if found.epochs is not None else "")
-        if found.epochs is not None:
-            self._seen_tenant = self._seen_tenant or found.epochs.tenanted
-            if found.epochs.trash:
-                self.wake_sweeper()
-        if self._tenant_missing(key.tenanted):
-            found.record, found.tier, found.similarity, found.epochs = None, "miss", None, None
-            found.reasons = ("no_tenant",)
+        yield from self.heed(found)
         if key.scope and found.tier != "exact":
             self.scopes.saw(key.scope, key.fields)
         return found
 
-    def finish(self, found: Lookup) -> list[Generation] | None:
-        """Return what is served, fresh for this call."""
-        return self._served(found, entries.decode_answer)
+    def heed(self, found: Lookup) -> Flow[None]:
+        """Learn what the namespace says, and serve nothing to a call that names no tenant although it should."""
+        if found.epochs is not None:
+            self._seen_tenant = self._seen_tenant or found.epochs.tenanted
+            if found.epochs.trash:
+                self.wake_sweeper()
+        if self._tenant_missing(found.key.tenanted):
+            yield from self._release(found)
+            found.record, found.tier, found.similarity, found.epochs, found.stale = None, "miss", None, None, None
+            found.reasons = ("no_tenant",)
 
-    def finish_value(self, found: Lookup) -> tuple[Literal[True], Any] | None:
-        """Return (True, value) if a pipeline's answer is served."""
+    def instead(self, found: Lookup) -> Flow[tuple[Literal[True], Any] | None]:
+        """Let others make the answer whose making failed; return (True, value) if an old one may be served."""
+        yield from self._release(found)
+        if found.stale is None or not self.options.stale_if_error_ms:
+            return None
+        key = found.key  # what has become of it since: an invalidation wins here too
+        found.stale, epochs = yield from self.store.read(key.exact, key.things, tenant=key.tenant, user=key.user)
+        if epochs is None or epochs.opted_out or not self._take_stale(found):
+            return None
         return self._served(found, entries.decode_value)
-
-    def stale_value(self, found: Lookup) -> tuple[Literal[True], Any] | None:
-        """Return (True, value) if making an answer failed and an old one may be served instead."""
-        return self._served(found, entries.decode_value) if self._take_stale(found) else None
 
     def stale_answer(self, prompt: str, llm_string: str) -> list[Generation] | None:
         """Return the old answer that the lookup of this call has seen, if it may stand in for the model's."""
-        told = self.caller()
-        found = self._recall(prompt, llm_string, told) if isinstance(told, Who) else None
-        if found is None or not self._take_stale(found):
+        pending = recall(self._identity, prompt, llm_string)
+        if pending is None or pending.who != self.caller() or not self._take_stale(pending.found):
             return None
-        return self._served(found, entries.decode_answer)
+        return self._served(pending.found, entries.decode_answer)
 
     def _take_stale(self, found: Lookup) -> bool:
         if found.stale is None or now_ms() >= found.stale.fresh_ms + self.options.stale_if_error_ms:
@@ -186,27 +202,20 @@ class Engine:
         found.record, found.tier, found.similarity = found.stale, "exact", 1.0
         return True
 
-    def remember(self, prompt: str, llm_string: str, told: Who, found: Lookup) -> None:
-        """Keep a lookup for the update that follows in the same context."""
-        others = (
-            p for p in _pending.get() if (p.engine, p.prompt, p.llm_string) != (self._identity, prompt, llm_string)
-        )
-        mine = _Pending(self._identity, prompt, llm_string, told, found)
-        _pending.set((mine, *others)[:_PENDING_KEPT])
-
     def update(self, prompt: str, llm_string: str, generations: Sequence[Generation]) -> Flow[None]:
         """Store the answer of a call, if it may be."""
-        if current().cache == "off":
+        if not isinstance(told := self.caller(), Who):
             return
-        if (told := self._who()) is None:
-            return
-        found = self._recall(prompt, llm_string, told)
-        if reason := entries.refusal(generations):
+        pending = recall(self._identity, prompt, llm_string)
+        found: Lookup | None = pending.found if pending is not None else None
+        messages = [g.message for g in generations if isinstance(g, ChatGeneration)]
+        if reason := entries.refusal(generations) or _is_stale(messages):
             return (yield from self.give_up(found, reason))
+        if pending is not None and pending.who != told:  # what is around the call has changed: whose is it?
+            return (yield from self.give_up(found, "bad_identity"))
         if found is None:  # an update without a lookup: the answer comes from elsewhere, and counts from now
-            if (keyed := self._keyed(prompt, llm_string, told)) is None:
+            if not isinstance(key := (yield from self.located(prompt, llm_string, told)), Key):
                 return
-            key = keyed[0]
             found = Lookup(key)
             try:
                 _, found.epochs = yield from self.store.read(key.exact, key.things, tenant=key.tenant, user=key.user)
@@ -218,6 +227,8 @@ class Engine:
                 return self.counts.not_stored("no_tenant")
             if key.question is not None and not self.embedder.missing:
                 yield from embed(found, self.policy(), self.keyring.profile_key)
+            if (first := forgotten(self._identity)) is not None:  # it may have been looked up as long ago as that
+                found.epochs, found.began_ms = first.found.epochs, first.found.began_ms
         try:
             answer = entries.encode_answer(generations)
         except (TypeError, ValueError):
@@ -232,11 +243,13 @@ class Engine:
         messages = entries.messages_in(value)
         if not negative and (value is None or value in ("", [], {})):
             return (yield from self.give_up(found, "empty"))
-        if messages and (reason := entries.refusal([ChatGeneration(message=m) for m in messages])):
+        if messages and (
+            reason := entries.refusal([ChatGeneration(message=m) for m in messages]) or _is_stale(messages)
+        ):
             return (yield from self.give_up(found, reason))
         try:
-            answer = entries.encode_value(value)
-        except (TypeError, ValueError):
+            answer = yield Work(partial(entries.encode_value, value))
+        except (TypeError, ValueError, RecursionError):
             warn_once(
                 "pipeline_value", "a pipeline returned neither text, messages nor plain JSON: its answers are not kept"
             )
@@ -249,7 +262,11 @@ class Engine:
     def give_up(self, found: Lookup | None, reason: str) -> Flow[None]:
         """Note that an answer is not kept; whoever waits for it need not any longer."""
         self.counts.not_stored(reason)
-        if found is not None and found.fence:
+        if found is not None:
+            yield from self._release(found)
+
+    def _release(self, found: Lookup) -> Flow[None]:
+        if found.fence:
             with contextlib.suppress(Unavailable):
                 yield from self.store.release(found.key.exact, found.fence)
 
@@ -293,7 +310,7 @@ class Engine:
     def _open(self) -> tuple[Keyring, Store]:
         opened = self._opened
         if opened is None:
-            with self.lock:
+            with self._lock:
                 if (opened := self._opened) is None:
                     o = self.options
                     keyring = Keyring(
@@ -305,14 +322,6 @@ class Engine:
                     opened = keyring, Store(o.settings.namespace, keyring.mac_key, keyring.fingerprint)
                     self._opened = opened
         return opened
-
-    def _who(self) -> Who | None:
-        """Return whose call it is, or None if the cache must not be used for it."""
-        told = self.caller()
-        if isinstance(told, Who):
-            return told
-        self.counts.bypassed(told)
-        return None
 
     def caller(self) -> Who | str:
         """Return whose call it is, or the reason why the cache must not be used for it."""
@@ -384,19 +393,7 @@ class Engine:
             self.counts.miss(found.reasons, seconds, nearest=nearest, task=task)
             return
         tier = "stale" if found.record is found.stale else found.tier
-        self.counts.hit(tier, seconds, cost=cost_of(answer), task=task)
-
-    def _recall(self, prompt: str, llm_string: str, told: Who) -> Lookup | None:
-        for pending in _pending.get():
-            if (pending.engine, pending.prompt, pending.llm_string, pending.who) == (
-                self._identity,
-                prompt,
-                llm_string,
-                told,
-            ):
-                _pending.set(tuple(p for p in _pending.get() if p is not pending))
-                return pending.found
-        return None
+        self.counts.hit(tier, seconds, cost=cost_of(answer[1] if isinstance(answer, tuple) else answer), task=task)
 
     def _store(self, found: Lookup, answer: bytes, *, by_meaning: bool, digest: str, negative: bool) -> Flow[None]:
         key, o = found.key, self.options
@@ -435,7 +432,7 @@ class Engine:
 
     def _similar(self, one: str, other: str) -> float:
         """Return the cosine of two answers; blocks."""
-        vectors = [pack(vector) or b"" for vector in self.embedder.get().embed_documents([one, other])]
+        vectors = [pack(self.embedder.embed(text)) or b"" for text in (one, other)]
         return similarities(vectors[0], vectors[1:])[0]
 
     def _record(
@@ -455,10 +452,11 @@ class Engine:
             extra += sorted(name for name in inherited if not name.startswith("source:"))
         if o.share_within_tenant:  # another user may be served this: his lookup does not ask for this one's epochs
             extra += [t for t in key.things if t.startswith(("user:", "tenant-user:"))]
-        ttl_s = o.negative_ttl_s if negative else scope.ttl_s or o.ttl_by_task.get(key.task) or o.settings.ttl_s
+        ttl_s = scope.ttl_s or o.ttl_by_task.get(key.task) or o.settings.ttl_s
+        ttl_s = min(ttl_s, o.negative_ttl_s if negative else _LONGEST_S)
         created_ms = found.began_ms or now_ms()  # an answer is as old as what was known when its making began
         fresh_ms = now_ms() + int(ttl_s * 1000)
-        stale_ms = 0 if negative else max(o.stale_while_revalidate_ms, o.stale_if_error_ms)
+        stale_ms = 0 if negative else min(max(o.stale_while_revalidate_ms, o.stale_if_error_ms), _LONGEST_S * 1000)
         record = entries.Record(
             key=key.exact, scope=key.scope if by_meaning else "", emb=found.embedder if by_meaning else "",
             fields=",".join(f"{name}={value}" for name, value in key.fields().items()), digest=digest,
@@ -469,6 +467,11 @@ class Engine:
             task=key.task, question=(key.question or "") if o.keep_questions else "",
         )  # fmt: skip
         return record, [*key.things, *sources, *extra]
+
+
+def _is_stale(messages: Sequence[BaseMessage]) -> str | None:
+    """Return a reason code if an answer is an old one of a cache itself: as a new one it would live on."""
+    return "stale" if any((was_cached(message) or {}).get("stale") for message in messages) else None
 
 
 def _model_digest(generations: Sequence[Generation]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from redis.exceptions import RedisError
+
 from langchain_aegis.breaker import Unavailable
 from langchain_aegis.engine import Engine, now_ms
 from langchain_aegis.entries import Record
@@ -22,19 +24,24 @@ _TIMEOUT_MS = 2_000  # whoever asks why can wait longer than a user
 def explain_call(engine: Engine, prompt: str, llm_string: str) -> Flow[Explanation]:
     """Explain a model's call, as LangChain describes it."""
     told = engine.caller()
-    key = engine.locate(prompt, llm_string, told) if isinstance(told, Who) else told
+    key = (yield from engine.located(prompt, llm_string, told)) if isinstance(told, Who) else told
     return (yield from _explain(engine, key))
 
 
 def explain_pipeline(engine: Engine, question: str, pipeline: str, version: str) -> Flow[Explanation]:
     """Explain a call of `get_or_generate`."""
+    yield from engine.ready()
     told = engine.caller()
     key = engine.locate_pipeline(question, pipeline, version, told) if isinstance(told, Who) else told
     return (yield from _explain(engine, key))
 
 
 def explain_question(engine: Engine, question: str) -> Flow[Explanation]:
-    """Explain a question alone: what is near it in any scope, and what the guards say."""
+    """Explain a question alone: what is near it in any scope, and what the guards say.
+
+    Only the questions of the caller's own tenant and user are shown.
+    """
+    yield from engine.ready()
     text = question.strip()
     key = Key("", "", text, exact_only_reason(text), (), "", None, False)
     found = Lookup(key)
@@ -44,7 +51,13 @@ def explain_question(engine: Engine, question: str) -> Flow[Explanation]:
         near = yield from _anywhere(engine, found)
     except Unavailable as exc:
         found.reasons = (exc.reason,)
+    except RedisError:
+        found.reasons = ("redis_down",)
     candidates = yield from _judged(engine, found, near, {})
+    told = engine.caller()
+    asker = told if isinstance(told, Who) else Who()
+    mine = engine.keyring.for_pipeline(text, asker, pipeline="", version="").fields()
+    candidates = tuple(_veiled(c, _differing(mine, n.record)) for c, n in zip(candidates, near, strict=True))
     passed = found.record is not None and key.exact_only is None
     reasons = () if passed else tuple(dict.fromkeys((*_some(key.exact_only), *found.reasons)))
     explained = tuple(_explained(c, None) for c in candidates)
@@ -56,6 +69,7 @@ def _explain(engine: Engine, key: Key | str) -> Flow[Explanation]:
         return _explanation(engine, "bypass", (key,), None, ())
     policy = engine.policy(judge_all=True, touch=False, lease_ms=0, revalidate_ms=0)
     found = yield from find(engine.store, key, policy, now_ms, engine.keyring.profile_key)
+    yield from engine.heed(found)
     mine = [_explained(c, ()) for c in found.candidates]
     others: list[Explained] = []
     if found.tier != "exact" and key.question is not None:
@@ -72,7 +86,7 @@ def _explain(engine: Engine, key: Key | str) -> Flow[Explanation]:
 def _elsewhere(engine: Engine, found: Lookup) -> Flow[list[Near]]:
     try:
         return (yield from _anywhere(engine, found))
-    except Unavailable:
+    except (Unavailable, RedisError):
         return []
 
 
@@ -101,11 +115,19 @@ def _judged(
 
 def _of_other_scope(candidate: Candidate, record: Record, fields: Mapping[str, str]) -> Explained:
     """Return a candidate of another scope; its question is not shown if it is another tenant's."""
-    theirs = dict(part.partition("=")[::2] for part in record.fields.split(",") if part)
-    differing = tuple(name for name in {**fields, **theirs} if fields.get(name) != theirs.get(name))
-    if "tenant" in differing or "user" in differing:
-        candidate = replace(candidate, question="")
+    differing = _differing(fields, record)
+    candidate = _veiled(candidate, differing)
     return _explained(replace(candidate, reasons=("other_scope", *candidate.reasons)), differing)
+
+
+def _differing(fields: Mapping[str, str], record: Record) -> tuple[str, ...]:
+    theirs = dict(part.partition("=")[::2] for part in record.fields.split(",") if part)
+    return tuple(name for name in {**fields, **theirs} if fields.get(name) != theirs.get(name))
+
+
+def _veiled(candidate: Candidate, differing: tuple[str, ...]) -> Candidate:
+    """Return a candidate without its question if it is another tenant's or user's."""
+    return replace(candidate, question="") if {"tenant", "user"} & set(differing) else candidate
 
 
 def _explained(candidate: Candidate, differing: tuple[str, ...] | None) -> Explained:

@@ -21,6 +21,7 @@ from langchain_aegis.vectors import pack
 from langchain_aegis.verification import Profile, compare, profile, same_words
 
 _SERVED: Final = "s"  # begins the note that an entry was served for a text, and until when it can be
+_UNHEARD: Final = frozenset({"verifier_slow", "verifier_failed"})
 AGREES: Final = 0.5  # of a verifier: from here on one answer serves both questions
 
 
@@ -72,7 +73,7 @@ class Policy:
         wait_s: How long another process's answer is waited for.
         repeats: Which texts are answered by meaning only the first time that they are asked: "ask" all, "serve" none,
             "auto" those that say it in other words than the stored question.
-        judge_all: Judge every candidate, also after one may serve.
+        judge_all: Judge every candidate, also after one may serve, and note nothing of it.
     """
 
     semantic: bool
@@ -179,6 +180,10 @@ def find(
             return found
         yield from _exact(found, store, policy, now_ms())
         if found.record is not None or found.reasons:
+            if found.fence and key.question is not None and policy.semantic:  # as for a refresh
+                told = found.reasons
+                yield from embed(found, policy, profile_key)
+                found.reasons = told
             return found
         yield from _by_meaning(found, store, policy, now_ms(), profile_key)
         if found.record is None and policy.lease_ms and found.epochs is not None:
@@ -309,11 +314,13 @@ def judge(
     """Serve the most similar candidate that every check accepts."""
     candidates: list[Candidate] = []
     lowest = policy.grey(found.min_similarity)[0] if policy.grey is not None else found.min_similarity
+    unheard: tuple[str, ...] = ()  # why there was no second opinion: a lookup waits for that only once
     for near in nearest:
         noted = notes.get(near.record.key, "")
         reasons = _objections(near, found, now_ms, policy, lowest, noted)
         if not reasons and policy.grey is not None and near.similarity < policy.grey(found.min_similarity)[1]:
-            reasons = yield from _second_opinion(near, found, noted, store)
+            reasons = unheard or (yield from _second_opinion(near, found, noted, store, keep=not policy.judge_all))
+            unheard = reasons if reasons and reasons[0] in _UNHEARD else ()
         record = near.record
         candidates.append(Candidate(record.key, near.similarity, reasons, record.question, record.created_ms))
         if not reasons and found.record is None:
@@ -343,8 +350,16 @@ def _objections(near: Near, found: Lookup, now_ms: int, policy: Policy, lowest: 
     return guard_codes(compare(cached, found.profile, off=policy.guards_off))
 
 
-def _second_opinion(near: Near, found: Lookup, noted: str, store: Store) -> Flow[tuple[str, ...]]:
-    """Return why the verifier is against this candidate; what it said about the pair before still holds."""
+def _second_opinion(near: Near, found: Lookup, noted: str, store: Store, *, keep: bool) -> Flow[tuple[str, ...]]:
+    """Return why the verifier is against this candidate; what it said about the pair before still holds.
+
+    Args:
+        near: The candidate.
+        found: The lookup.
+        noted: What is noted of the pair, or "".
+        store: Where what the verifier says is noted.
+        keep: Whether it is.
+    """
     try:
         score = float(noted)
     except ValueError:
@@ -354,8 +369,9 @@ def _second_opinion(near: Near, found: Lookup, noted: str, store: Store) -> Flow
             score = yield Verify(near.record.question, found.key.question or "")
         except Unavailable as exc:
             return (exc.reason,)
-        with contextlib.suppress(Unavailable):
-            yield from store.note(found.key.exact, near.record.key, f"{score:.3f}")
+        if keep:
+            with contextlib.suppress(Unavailable):
+                yield from store.note(found.key.exact, near.record.key, f"{score:.3f}")
     return () if score >= AGREES else ("verifier",)
 
 

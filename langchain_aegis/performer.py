@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from redis.exceptions import RedisError
@@ -14,6 +17,7 @@ from langchain_aegis.connections import Connections
 from langchain_aegis.engine import Engine
 from langchain_aegis.errors import AegisConfigError, AegisConnectionError
 from langchain_aegis.flows import Flow, arun, run
+from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.lookup import Embed, Verify, Wait, Work
 from langchain_aegis.notices import logger, warn_once
 from langchain_aegis.sweeper import the_sweeper
@@ -52,7 +56,7 @@ class Performer:
         if isinstance(step, Verify):
             return await self._opinion().averify(step.cached, step.new)
         if isinstance(step, Work):
-            return await asyncio.to_thread(step.do)
+            return await _in_thread(step.do)
         return await (asyncio.sleep(step.seconds) if isinstance(step, Wait) else self._connections.aperform(step))
 
     def _opinion(self) -> Verifier:
@@ -73,9 +77,39 @@ class Performer:
 
     async def _ainsist(self, flow: Callable[[], Flow[T]]) -> T:
         try:
+            await arun(self._engine.ready(), self._aperform)
             return await arun(flow(), self._aperform)
         except (Unavailable, RedisError) as exc:
             raise _not_done(exc) from exc
+
+
+class _Threads:
+    """A few threads for what takes some milliseconds: those of the event loop may all be busy with a user's work."""
+
+    def __init__(self) -> None:
+        self.reset()
+        reset_after_fork(self)
+
+    def reset(self) -> None:
+        """Forget the threads: they are the parent's, after a fork."""
+        self.pool = ThreadPoolExecutor(4, thread_name_prefix="aegis-work")
+
+
+_threads = _Threads()
+
+
+async def _in_thread(do: Callable[[], T]) -> T:
+    """Return what `do` returns, done in a thread with the caller's context."""
+    work = partial(contextvars.copy_context().run, without_stop, do)
+    return await asyncio.get_running_loop().run_in_executor(_threads.pool, work)
+
+
+def without_stop(do: Callable[[], T]) -> T:
+    """Return what `do` returns; a StopIteration, which no future can hold, is raised as a RuntimeError."""
+    try:
+        return do()
+    except StopIteration as exc:
+        raise RuntimeError("the function raised StopIteration") from exc
 
 
 def swallow(what: str, exc: Exception) -> None:

@@ -18,12 +18,13 @@ from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flows import arun, run
 from langchain_aegis.lookup import Lookup
 from langchain_aegis.notices import warn_once
-from langchain_aegis.performer import Performer, swallow
+from langchain_aegis.performer import Performer, swallow, without_stop
 from langchain_aegis.results import Answer
 from langchain_aegis.scope import aegis_scope, current
 
 Node = TypeVar("Node", bound=Callable[..., Any])
-_MISS: Any = object()
+_BROKEN: Any = object()  # in place of sources that are not known
+_UNKNOWN = "not_json"
 
 
 class Pipelines(Performer):
@@ -58,25 +59,28 @@ class Pipelines(Performer):
         Raises:
             AegisConfigError: An argument cannot be used.
         """
-        with _pipeline_scope(question, pipeline, sources, task, ttl_s):
+        _check(question, generate, pipeline, version)
+        with aegis_scope(sources=sources, task=task, ttl_s=ttl_s):
             found = None
             try:
-                if (key := self._engine.pipeline_key(question, pipeline, version)) is not None:
-                    found = run(self._engine.find(key), self._perform)
-                    if (hit := self._engine.finish_value(found)) is not None:
-                        return hit[1]
+                found, hit = run(self._engine.lookup_value(question, pipeline, version), self._perform)
+                if hit is not None:
+                    return hit[1]
             except Exception as exc:  # whatever goes wrong in a cache must not cost the user his call
                 swallow("lookup", exc)
             try:
                 made = generate()
             except Exception:  # any failure of the user's own code: without an old answer it is raised on
-                if (old := self._old(found)) is not _MISS:
-                    return old
+                if (old := self._instead(found)) is not None:
+                    return old[1]
                 raise
-            value, negative = _unwrap(made)
+            value, negative, known = _unwrap(made)
             if found is not None:
                 try:
-                    run(self._engine.store_value(found, value, negative=negative), self._perform)
+                    if known:
+                        run(self._engine.store_value(found, value, negative=negative), self._perform)
+                    else:
+                        run(self._engine.give_up(found, _UNKNOWN), self._perform)
                 except Exception as exc:  # as above
                     swallow("update", exc)
             return value
@@ -93,26 +97,30 @@ class Pipelines(Performer):
         ttl_s: float | None = None,
     ) -> Any:
         """Like `get_or_generate`; `generate` may be a coroutine function, else it runs in a thread."""
-        with _pipeline_scope(question, pipeline, sources, task, ttl_s):
+        _check(question, generate, pipeline, version)
+        with aegis_scope(sources=sources, task=task, ttl_s=ttl_s):
             found = None
             try:
-                if (key := self._engine.pipeline_key(question, pipeline, version)) is not None:
-                    found = await arun(self._engine.find(key), self._aperform)
-                    if (hit := self._engine.finish_value(found)) is not None:
-                        return hit[1]
+                found, hit = await arun(self._engine.lookup_value(question, pipeline, version), self._aperform)
+                if hit is not None:
+                    return hit[1]
             except Exception as exc:  # as in `get_or_generate`
                 swallow("lookup", exc)
             try:
-                made = await (generate() if inspect.iscoroutinefunction(generate) else asyncio.to_thread(generate))
+                asynchronous = inspect.iscoroutinefunction(generate)
+                made = await (generate() if asynchronous else asyncio.to_thread(without_stop, generate))
                 made = await made if inspect.isawaitable(made) else made
             except Exception:  # as in `get_or_generate`
-                if (old := self._old(found)) is not _MISS:
-                    return old
+                if (old := await self._ainstead(found)) is not None:
+                    return old[1]
                 raise
-            value, negative = _unwrap(made)
+            value, negative, known = _unwrap(made)
             if found is not None:
                 try:
-                    await arun(self._engine.store_value(found, value, negative=negative), self._aperform)
+                    if known:
+                        await arun(self._engine.store_value(found, value, negative=negative), self._aperform)
+                    else:
+                        await arun(self._engine.give_up(found, _UNKNOWN), self._aperform)
                 except Exception as exc:  # as in `get_or_generate`
                     swallow("update", exc)
             return value
@@ -132,8 +140,8 @@ class Pipelines(Performer):
 
         Args:
             question: Name of the state's field that holds the question, or a function of the state. A list of
-                messages counts with its last human message; what was said before then belongs to `depends`. A state
-                without a question runs the node.
+                messages counts with its last human message, if that is a text; what was said before then belongs to
+                `depends`. A state without a question runs the node.
             pipeline: Name of the pipeline; pipelines never share answers.
             version: Of the node, its prompts and its data.
             depends: What else in the state decides about the answer, as plain JSON: states that differ in it never
@@ -142,15 +150,22 @@ class Pipelines(Performer):
             task: Kind of work, see `aegis_scope`.
             ttl_s: How long the answer is kept, in seconds.
 
+        A function given here that raises leaves the node uncached; what the node itself raises is raised.
+
         Raises:
             AegisConfigError: An argument cannot be used.
         """
-        if not isinstance(pipeline, str) or not pipeline.strip():
-            raise AegisConfigError(f"pipeline must be a text that is not blank, got {pipeline!r}")
+        _check_pipeline(pipeline, version)
         told: dict[str, Any] = {"pipeline": pipeline, "task": task, "ttl_s": ttl_s}
 
         def with_sources(made: Any) -> Any:
-            return made if sources is None or isinstance(made, Answer) else Answer(made, sources=sources(made))
+            if sources is None or isinstance(made, Answer):
+                return made
+            try:
+                return Answer(made, sources=sources(made))
+            except Exception as exc:  # the user's own rule may raise anything; the node's answer is there
+                _say_broken("sources", exc)
+                return Answer(made, sources=_BROKEN)
 
         def decorate(function: Node) -> Node:
             if inspect.iscoroutinefunction(function):
@@ -159,7 +174,7 @@ class Pipelines(Performer):
                 async def anode(state: Any, *args: Any, **kwargs: Any) -> Any:
                     asked = _asked(state, question, version, depends)
                     if asked is None:
-                        return _unwrap(await function(state, *args, **kwargs))[0]
+                        return _unwrap(with_sources(await function(state, *args, **kwargs)))[0]
 
                     async def generate() -> Any:
                         return with_sources(await function(state, *args, **kwargs))
@@ -172,7 +187,7 @@ class Pipelines(Performer):
             def node(state: Any, *args: Any, **kwargs: Any) -> Any:
                 asked = _asked(state, question, version, depends)
                 if asked is None:
-                    return _unwrap(function(state, *args, **kwargs))[0]
+                    return _unwrap(with_sources(function(state, *args, **kwargs)))[0]
                 return self.get_or_generate(
                     asked[0], lambda: with_sources(function(state, *args, **kwargs)), version=asked[1], **told
                 )
@@ -181,45 +196,82 @@ class Pipelines(Performer):
 
         return decorate
 
-    def _old(self, found: Lookup | None) -> Any:
-        """Return a stale answer that may stand in for one that could not be made, else _MISS."""
+    def _instead(self, found: Lookup | None) -> tuple[bool, Any] | None:
+        """Return (True, old value) if one may stand in for an answer that could not be made."""
         if found is None:
-            return _MISS
+            return None
         try:
-            old = self._engine.stale_value(found)
+            return run(self._engine.instead(found), self._perform)
         except Exception as exc:  # as in `get_or_generate`
             swallow("lookup", exc)
-            return _MISS
-        return _MISS if old is None else old[1]
+            return None
+
+    async def _ainstead(self, found: Lookup | None) -> tuple[bool, Any] | None:
+        if found is None:
+            return None
+        try:
+            return await arun(self._engine.instead(found), self._aperform)
+        except Exception as exc:  # as in `get_or_generate`
+            swallow("lookup", exc)
+            return None
 
 
-def _pipeline_scope(
-    question: str, pipeline: str, sources: Collection[str], task: str | None, ttl_s: float | None
-) -> aegis_scope:
-    for name, value in (("question", question), ("pipeline", pipeline)):
-        if not isinstance(value, str) or not value.strip():
-            raise AegisConfigError(f"{name} must be a text that is not blank, got {value!r}")
-    return aegis_scope(sources=sources, task=task, ttl_s=ttl_s)
+def _check(question: str, generate: Callable[[], Any], pipeline: str, version: str) -> None:
+    _check_text("question", question)
+    _check_pipeline(pipeline, version)
+    if not callable(generate):
+        raise AegisConfigError(f"generate must be a function without arguments, got {type(generate).__name__}")
 
 
-def _unwrap(made: Any) -> tuple[Any, bool]:
-    """Return a pipeline's value and whether it is negative; notes the sources that came with it."""
+def _check_pipeline(pipeline: str, version: str) -> None:
+    _check_text("pipeline", pipeline)
+    if not isinstance(version, str):
+        raise AegisConfigError(f"version must be a text, got {version!r}")
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise AegisConfigError(f"{name} must be a text that is not blank, got {value!r}")
+
+
+def _unwrap(made: Any) -> tuple[Any, bool, bool]:
+    """Return a pipeline's value, whether it is negative, and whether its sources are known: they are noted."""
     if not isinstance(made, Answer):
-        return made, False
-    sources = current().sources
-    if sources is not None:
-        sources.add(*made.sources)
-    return made.value, made.negative
+        return made, False, True
+    try:
+        with aegis_scope(sources=made.sources):  # checks them
+            ids = made.sources if isinstance(made.sources, Collection) else None
+    except (AegisConfigError, TypeError) as exc:
+        ids = None
+        if made.sources is not _BROKEN:
+            _say_broken("sources", exc)
+    if ids is not None and (sources := current().sources) is not None:
+        sources.add(*ids)
+    return made.value, made.negative, ids is not None
+
+
+def _say_broken(name: str, exc: Exception) -> None:
+    warn_once(
+        f"pipeline_{name}",
+        f"{name} of a pipeline or node cannot be used ({type(exc).__name__}): its answers are not kept. It must be a "
+        "collection of texts"
+        if name == "sources"
+        else f"{name}= of a node failed ({type(exc).__name__}): the node is not cached",
+    )
 
 
 def _asked(
     state: Any, question: str | Callable[[Any], str | None], version: str, depends: Callable[[Any], Any] | None
 ) -> tuple[str, str] | None:
     """Return a node's question and version, or None if it has to run without the cache."""
-    value: Any = question(state) if callable(question) else _field(state, question)
+    try:
+        value: Any = question(state) if callable(question) else _field(state, question)
+    except Exception as exc:  # the user's own rule may raise anything; the node itself may do without
+        _say_broken("question", exc)
+        return None
     before: Sequence[BaseMessage] = ()
     if isinstance(value, Sequence) and not isinstance(value, str) and value and isinstance(value[-1], BaseMessage):
-        if value[-1].type != "human":
+        if value[-1].type != "human" or not _is_text(value[-1].content):
             return None
         before, value = value[:-1], str(value[-1].text)
     if not isinstance(value, str) or not value.strip():
@@ -233,8 +285,12 @@ def _asked(
     if depends is None:
         return value, version
     try:
-        other = json.dumps(depends(state), sort_keys=True, ensure_ascii=True)
-    except (TypeError, ValueError):
+        decides = depends(state)
+        other = json.dumps(decides, sort_keys=True, ensure_ascii=True) if _is_plain(decides) else None
+    except Exception as exc:  # as above
+        _say_broken("depends", exc)
+        return None
+    if other is None:
         warn_once("node_depends", "cache.node: depends= returned what is no plain JSON: the node is not cached")
         return None
     return value, f"{len(version)}:{version}:{other}"
@@ -242,3 +298,19 @@ def _asked(
 
 def _field(state: Any, name: str) -> Any:
     return state.get(name) if isinstance(state, Mapping) else getattr(state, name, None)
+
+
+def _is_text(content: Any) -> bool:
+    """Return whether a message holds text alone: a picture is no part of the question, but of what is asked."""
+    return isinstance(content, str) or all(
+        isinstance(block, str) or (isinstance(block, dict) and block.get("type") == "text") for block in content
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value is JSON that says all there is to it: names that are no texts would become texts."""
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(v) for name, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int, float))

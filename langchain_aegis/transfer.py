@@ -47,11 +47,11 @@ class Transfer(Performer):
         Raises:
             AegisConnectionError: Redis did not answer.
         """
-        epochs = self._insist(lambda: self._engine.store.epochs(()))
+        self._insist(lambda: self._engine.store.epochs(()))  # no file where Redis does not answer
         count = 0
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            header = {"format": _FORMAT, "incarnation": epochs.id if epochs is not None else ""}
-            file.write(json.dumps(header) + "\n")
+            os.fchmod(file.fileno(), 0o600)  # it may have been there before
+            file.write(json.dumps({"format": _FORMAT, "namespace": self._engine.options.settings.namespace}) + "\n")
             for record in self._all_records():
                 sealed = record.sealed(self._engine.keyring.mac_key)
                 file.write(json.dumps({name: base64.b64encode(v).decode() for name, v in sealed.items()}) + "\n")
@@ -62,20 +62,24 @@ class Transfer(Performer):
         """Take the answers of an exported file into this namespace.
 
         Into the Redis that they come from: what was invalidated since the export stays invalidated. Into another
-        one: nobody knows what was invalidated since, so export late. Entries keep their age and time to live.
+        one: nobody knows what was invalidated since, so export late. Entries keep their age and time to live, and
+        replace none that is younger.
 
         Raises:
             AegisConfigError: The file is no export, or of another secret or namespace.
             AegisConnectionError: Redis did not answer; call again.
         """
         keyring, store = self._engine.keyring, self._engine.store
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             try:
                 header = json.loads(file.readline(_MAX_LINE))
             except ValueError:
                 header = None
             if not isinstance(header, dict) or header.get("format") != _FORMAT:
                 raise AegisConfigError(f"{path} is no export of langchain-aegis")
+            namespace = self._engine.options.settings.namespace
+            if header.get("namespace", namespace) != namespace:  # its names are made with the namespace
+                raise AegisConfigError(f"{path} is of the namespace {header['namespace']!r}, and this is {namespace!r}")
             epochs = self._insist(lambda: store.epochs(()))
             if epochs is None:
                 raise AegisConfigError("this Redis takes no entries: it is read-only or out of memory")
@@ -87,7 +91,7 @@ class Transfer(Performer):
                 if record is not None and record.expires_ms <= now_ms():
                     reply = "expired"
                 elif record is not None:
-                    fitting = record if record.epochs.partition(":")[0] == epochs.id else _restamped(record, epochs)
+                    fitting = record if _from_here(record, epochs) else replace(record, epochs=epochs.stamp())
                     reply = self._insist(partial(_put, store, fitting, anonymous))
                 if reply == "stored":
                     taken += 1
@@ -116,9 +120,8 @@ class Transfer(Performer):
             told = {name: row[name] for name in ("tenant", "user", "task", "ttl_s", "sources") if name in row}
             before = self._engine.counts.snapshot()
             with aegis_scope(cache="refresh", **told):
-                key = self._engine.pipeline_key(question, pipeline, version)
-                if key is not None:
-                    found = run(self._engine.find(key), self._perform)
+                found = run(self._engine.find_value(question, pipeline, version), self._perform)
+                if found is not None:
                     run(self._engine.store_value(found, answer), self._perform)
             after = self._engine.counts.snapshot()
             taken += after.stored - before.stored
@@ -140,16 +143,19 @@ def _read(line: str, mac_key: bytes) -> Record | None:
     try:
         fields = json.loads(line)
         return unseal({name.encode(): base64.b64decode(value) for name, value in fields.items()}, mac_key)
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def _restamped(record: Record, epochs: Epochs) -> Record:
-    return replace(record, epochs=epochs.stamp())
+def _from_here(record: Record, epochs: Epochs) -> bool:
+    """Return whether a record was made in this very namespace, whose clock it then goes by."""
+    return record.epochs.partition(":")[0] == epochs.id
 
 
 def _put(store: Store, record: Record, anonymous: str) -> Flow[str]:
-    reply = yield from store.put(
-        record, things=["namespace", *record.sets, *record.src], now_ms=now_ms(), tenanted=anonymous not in record.sets
-    )
+    things = ["namespace", *record.sets, *record.src]
+    there, _ = yield from store.read(record.key, things)
+    if there is not None and there.created_ms > record.created_ms and there.expires_ms > now_ms():
+        return "older"
+    reply = yield from store.put(record, things=things, now_ms=now_ms(), tenanted=anonymous not in record.sets)
     return reply

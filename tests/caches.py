@@ -9,7 +9,7 @@ from langchain_core.load import dumps
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.outputs import ChatGeneration
 
-from langchain_aegis.engine import _pending
+from langchain_aegis.stamps import _pending
 
 MODEL = "[('_type', 'chat'), ('model', 'm'), ('stop', None)]"
 
@@ -61,7 +61,7 @@ class Driver:
         try:
             return self._loop.run_until_complete(self._loop.create_task(call, context=context))
         finally:
-            _pending.set(context.get(_pending, ()))
+            _pending.set(context.get(_pending, {}))
 
     def wait_for(self, late):
         return self._loop.run_until_complete(late) if self.awaited else late.result(10)

@@ -462,7 +462,7 @@ def test_an_export_of_another_secret_or_no_export_is_refused(make_cache, tmp_pat
     cache.export(path)
     monkeypatch.setenv("AEGIS_SECRET_KEY", "another secret of enough bytes 0123456789")
     with pytest.raises(AegisConfigError, match="another secret"):
-        make_cache().cache.import_(path)
+        make_cache(namespace=cache.settings.namespace).cache.import_(path)
     path.write_text("{}\n")
     with pytest.raises(AegisConfigError, match="no export"):
         cache.import_(path)
