@@ -29,6 +29,7 @@ from langchain_aegis.home import load_secret
 from langchain_aegis.keys import Declined, Key, Keyring, Who
 from langchain_aegis.lookup import Lookup, Policy, Work, embed, find, take_vector
 from langchain_aegis.notices import warn_once
+from langchain_aegis.questions import exact_only_reason, find_question
 from langchain_aegis.reports import lookup_id
 from langchain_aegis.results import CacheStats, was_cached
 from langchain_aegis.scope import current, tenants_named, who
@@ -37,6 +38,7 @@ from langchain_aegis.shadow import Shadow
 from langchain_aegis.stamps import forgotten, note_lookup, recall, remember
 from langchain_aegis.store import Store
 from langchain_aegis.vectors import pack, similarities
+from langchain_aegis.verification import compare, profile
 
 T = TypeVar("T")
 
@@ -124,9 +126,16 @@ class Engine:
         return (yield Work(locate)) if len(prompt) > _LONG else locate()
 
     def ready(self) -> Flow[None]:
-        """See to it that the secret is read, which an event loop shall not wait for."""
+        """See to it that the secret and the words of the guards are read: no event loop shall wait for that."""
         if self._opened is None:
-            yield Work(self._open)
+            yield Work(self._prepare)
+
+    def _prepare(self) -> None:
+        question = "What is it?"
+        find_question(f"Context:\nIt.\n\nQuestion: {question}")
+        exact_only_reason(question, system=["Answer."], around=["Context:\nIt."], earlier=[(question, "It.")])
+        compare(profile(question), profile(f"{question} Why?"))
+        self._open()
 
     def _locate(self, prompt: str, llm_string: str, told: Who) -> Key | str:
         key = self.keyring.for_prompt(prompt, llm_string, told, current().question)
