@@ -7,8 +7,9 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from importlib.resources import files
+from itertools import chain, count
 from typing import Any
 
 _DATA = files("langchain_aegis") / "data"
@@ -22,7 +23,7 @@ MODES = ("strict", "balanced", "lenient")
 class Word:
     """What the lexicon knows about one form. A form that nothing is known about has no `Word`."""
 
-    number: int  # of the form in the lexicon, from 1; 0 while it has no content of its own
+    number: int = 0  # of the form in the lexicon, from 1; 0 if it has no content of its own
     stop: bool = False
     frame: int = 0  # of a form without content: a number from 1 to 255 that tells it from most others
     negation: bool = False
@@ -38,25 +39,64 @@ class Word:
     shape: int = 0  # bit of the wish about the answer's form
     direction: str = ""  # "from" | "to" | "convert"
 
-    @property
-    def silent(self) -> bool:
-        """Whether it says nothing beyond its being there."""
-        speaking = (self.negation, self.soft_negation, self.question, self.direction, self.shape, self.exclusive)
-        counting = (self.value, self.factor, self.ordinal)
-        return not any(speaking) and not self.opposites and all(value is None for value in counting)
-
 
 # Second word -> (the words after it, the phrase as one form), the longest first.
-Phrases = dict[str, list[tuple[tuple[str, ...], Word]]]
+Phrases = dict[str, list[tuple[tuple[str, ...], str]]]
 
 
-@dataclass(slots=True)
+Codes = dict[str, tuple[int, ...]]
+
+
+@dataclass
 class Table:
-    """The forms of one language; keys are lower case, except those that match only as they are written."""
+    """The forms of one language; keys are lower case, except those that match only as they are written.
 
-    words: dict[str, Word] = field(default_factory=dict)
-    stems: dict[str, Word] = field(default_factory=dict)
-    phrases: dict[str, Phrases] = field(default_factory=dict)  # by first word and by its stem
+    Most of the twenty thousand forms are never asked for, so a `Word` is made when it is.
+    """
+
+    language: str
+    words: dict[str, int] = field(default_factory=dict)  # form -> its number
+    special: dict[str, Word] = field(default_factory=dict)  # what more is known about a form; and what `find` made
+    stops: frozenset[str] = frozenset()  # forms without content
+    exclusive: Codes = field(default_factory=dict)
+    opposites: Codes = field(default_factory=dict)
+    bases: dict[str, str] = field(default_factory=dict)  # form -> stem, as far as the builder needed it
+
+    def find(self, form: str) -> Word | None:
+        """Return what is known about a form, or None."""
+        word = self.special.get(form)
+        if word is None and form in self.words:
+            exclusive, opposites = self.exclusive.get(form, ()), self.opposites.get(form, ())
+            word = self.special[form] = Word(self.words[form], exclusive=exclusive, opposites=opposites)
+        return word
+
+    def find_stem(self, base: str) -> Word | None:
+        """Return what is known about the form that has this stem, or None."""
+        form = self.stems.get(base)
+        return None if form is None else self.find(form)
+
+    @cached_property  # a process that never sees a German question does not pay for German stems
+    def stems(self) -> dict[str, str]:
+        """Stem -> a form that has it: rather one with content ("allowance" is rather of "allow" than of "allowed")."""
+        found: dict[str, str] = {}
+        base_of, bases, self.bases = _STEMMERS[self.language], self.bases, {}
+        for form in sorted(self.words, key=self.stops.__contains__):
+            if "_" not in form:
+                found.setdefault(bases.get(form) or base_of(form), form)
+        return found
+
+    @cached_property
+    def phrases(self) -> dict[str, Phrases]:
+        """First word of a phrase, and its stem -> how it goes on."""
+        found: dict[str, Phrases] = {}
+        for form in sorted((form for form in self.words if "_" in form), key=self.stops.__contains__):
+            first, second, *rest = form.split("_")
+            for key in {first, stem(first, self.language)}:
+                ways = found.setdefault(key, {}).setdefault(second, [])
+                ways.append((tuple(rest), form))
+                if len(ways) > 1:
+                    ways.sort(key=lambda way: len(way[0]), reverse=True)
+        return found
 
 
 @dataclass(slots=True)
@@ -66,9 +106,8 @@ class Lexicon:
     fingerprint: bytes  # 2 bytes; numbers in a stored profile mean something only under the same one
     tables: dict[str, Table]
     votes: dict[str, int]  # form -> the sum of 1 << 16 * position in LANGUAGES
-    related: dict[int, frozenset[int]]  # number of a form -> numbers of the forms that may stand for it
+    related: dict[int, frozenset[int]]  # number of a form -> its own and those of others that may stand for it, if any
     graded: frozenset[int]  # qualities that have an opposite, words that deny
-    canonical: dict[int, int]  # number of a form -> the one that stands for it and its synonyms
     light: frozenset[int]
     relations: frozenset[int]
     acts: frozenset[int]  # verbs that say what is done
@@ -81,8 +120,6 @@ class Lexicon:
     asks: frozenset[str]  # words after which a question word begins the question itself ("could you tell me when")
     questions: tuple[str, ...]  # codes of question words; a profile stores the position
     codes: dict[str, int]  # the same the other way round; "" is "command"
-    shapes: tuple[str, ...]
-    groups: tuple[str, ...]  # names of the exclusive sets
     yes_no: dict[str, dict[str, str]]  # per language: first word -> question code
     parts: dict[int, frozenset[int]]  # number of a phrase -> numbers of its words, if those have content
     separable: frozenset[str]
@@ -94,7 +131,15 @@ class Lexicon:
 
 def read(name: str) -> dict[str, Any]:
     """Return one data file, parsed."""
-    return tomllib.loads((_DATA / name).read_text(encoding="utf-8"))
+    return _parsed((_DATA / name).read_bytes())
+
+
+def _parsed(raw: bytes) -> dict[str, Any]:
+    text = raw.decode("utf-8")
+    if "\\" not in text and "'''" not in text:
+        # Without escapes the two kinds of long strings are the same, and tomllib reads this kind ten times as fast.
+        text = text.replace('"""', "'''")
+    return tomllib.loads(text)
 
 
 @cache
@@ -122,7 +167,7 @@ def thresholds(embedder: str, mode: str) -> tuple[float, bool]:
 
 @cache
 def lexicon() -> Lexicon:
-    """Return the lexicon; the first call reads the data files (some ten milliseconds)."""
+    """Return the lexicon; the first call reads the data files (some fifty milliseconds)."""
     return _Builder().build()
 
 
@@ -136,73 +181,65 @@ _IRREGULAR: dict[str, str] = {}  # English: "bought" -> "buy"; filled with the l
 
 
 def _stem_en(word: str) -> str:
-    if word.endswith(("'s", "s'")):
+    if "'" in word and word.endswith(("'s", "s'")):
         word = word[:-2]
     word = _IRREGULAR.get(word, word)
     size = len(word)
     if size < 4:
         return word
-    if word.endswith("ies") and size > 4:
-        word = word[:-3] + "y"
-    elif word.endswith(("sses", "shes", "ches", "xes", "zes")):
-        word = word[:-2]
-    elif word.endswith("s") and not word.endswith(("ss", "us", "is")):
-        word = word[:-1]
-    elif word.endswith("ied") and size > 4:
+    last = word[-1]
+    if last == "s":
+        if word.endswith("ies") and size > 4:
+            word = word[:-3] + "y"
+        elif word.endswith(("sses", "shes", "ches", "xes", "zes")):
+            word = word[:-2]
+        elif not word.endswith(("ss", "us", "is")):
+            word = word[:-1]
+    elif last == "d" and word.endswith("ied") and size > 4:
         return word[:-3] + "y"
-    elif (word.endswith("ing") and size > 5) or (word.endswith("ed") and size > 4):
-        cut = word[:-3] if word.endswith("ing") else word[:-2]
-        if any(vowel in cut for vowel in "aeiouy"):
+    elif (last == "g" and word.endswith("ing") and size > 5) or (last == "d" and word.endswith("ed") and size > 4):
+        cut = word[:-3] if last == "g" else word[:-2]
+        if not _VOWELS.isdisjoint(cut):
             if len(cut) > 3 and cut[-1] == cut[-2] and cut[-1] not in "sf" and (cut[-1] != "l" or len(cut) > 5):
                 return cut[:-1]
             word = cut + "e" if _SHORT.fullmatch(cut) else cut
-    for ending in _EN_DERIVED:
+    last = word[-1]
+    for ending in _EN_DERIVED.get(last, ()):
         if word.endswith(ending) and len(word) - len(ending) >= 4:
             return word[: -len(ending)]
-    return word[:-1] if word.endswith("e") and len(word) > 3 and not _SHORT.fullmatch(word[:-1]) else word
+    return word[:-1] if last == "e" and len(word) > 3 and not _SHORT.fullmatch(word[:-1]) else word
 
 
+_VOWELS = frozenset("aeiouy")
 _SHORT = re.compile(r"[^aeiouy]*[aeiouy][^aeiouywx]")  # "rat": with an "e" it is another word, and "rating" is of that
-_EN_DERIVED = ("ation", "ition", "ment", "ance", "ence", "ity", "ion", "ate")  # "formation" is "form"
+# By the last letter; "formation" is "form".
+_EN_DERIVED = {"n": ("ation", "ition", "ion"), "t": ("ment",), "e": ("ance", "ence", "ate"), "y": ("ity",)}
 _FOLD = str.maketrans({"ä": "a", "ö": "o", "ü": "u", "ß": "ss"})
-_DE_ENDINGS = (
-    "ungen",
-    "ung",
-    "keiten",
-    "keit",
-    "ern",
-    "tet",
-    "ten",
-    "est",
-    "en",
-    "er",
-    "em",
-    "es",
-    "et",
-    "te",
-    "st",
-    "e",
-    "n",
-    "s",
-    "t",
-)
+_DE_ENDINGS = "ungen keiten ern ten en n", "ung", "keit tet est et st t", "er", "em", "es s", "te e"
+_DE_ENDINGS_BY_LETTER = {endings[-1]: tuple(endings.split()) for endings in _DE_ENDINGS}
 
 
 def _stem_de(word: str) -> str:
-    word = word.translate(_FOLD)
+    if not word.isascii():
+        word = word.translate(_FOLD)
     size = len(word)
-    for ending in _DE_ENDINGS:
-        if word.endswith(ending) and size - len(ending) >= 4:
-            return word[: -len(ending)]
+    if size > 4:
+        for ending in _DE_ENDINGS_BY_LETTER.get(word[-1], ()):
+            if word.endswith(ending) and size - len(ending) >= 4:
+                return word[: -len(ending)]
     return word
+
+
+_STEMMERS = {"en": _stem_en, "de": _stem_de}
+_BOTH = ("en", "de")
 
 
 class _Builder:
     """Joins the data files into a `Lexicon`."""
 
     def __init__(self) -> None:
-        self.tables = {"en": Table(), "de": Table()}
-        self.related: dict[int, set[int]] = {}
+        self.tables = {language: Table(language) for language in _BOTH}
+        self.related: dict[int, frozenset[int]] = {}
         self.numbers: dict[str, int] = {}
         self.not_english: set[str] = set()
         self.not_german: set[str] = set()
@@ -210,7 +247,8 @@ class _Builder:
 
     def build(self) -> Lexicon:
         """Read all files and return the finished lexicon."""
-        guards, languages, synonyms = read("guards.toml"), read("languages.toml"), read("synonyms.toml")
+        raw = [(_DATA / name).read_bytes() for name in _FILES]
+        languages, guards, classes, opposites, synonyms, wordnet = map(_parsed, raw)
         self.not_english = set(guards["homographs"]["not_english"].split())
         self.not_german = set(guards["homographs"]["not_german"].split())
         for language, text in languages["stop"].items():
@@ -223,78 +261,60 @@ class _Builder:
             for form, factor in _pairs(text):
                 for word in self._add([form]):
                     word.unit = (dimension, float(factor))
-        wordnet = read("wordnet.toml")
         _IRREGULAR.update(_pairs(wordnet["irregular"]))
-        groups, narrowing, reversible, persons = self._classes(read("classes.toml"))
-        opposites = read("opposites.toml")
-        self._opposites(opposites["qualities"].strip().splitlines(), ("en", "de"))
-        graded = frozenset(
-            word.number for table in self.tables.values() for word in table.words.values() if word.opposites
-        )
-        self._opposites(opposites["acts"].strip().splitlines(), ("en", "de"))
+        narrowing, reversible, persons = self._classes(classes)
+        self._opposites(opposites["qualities"].strip().splitlines(), *_BOTH)
+        graded = _joined(frozenset(map(table.words.__getitem__, table.opposites)) for table in self.tables.values())
+        self._opposites(opposites["acts"].strip().splitlines(), *_BOTH)
         for language in self.tables:
-            self._opposites(opposites[language].strip().splitlines(), (language,))
-        self._opposites(wordnet["opposites"].split(), ("en",))
-        shapes = tuple(guards["shape"])
+            self._opposites(opposites[language].strip().splitlines(), language)
+        self._opposites(wordnet["opposites"].split(), "en")
         for bit, text in enumerate(guards["shape"].values()):
             for word in self._add(text.split()):
                 word.shape |= 1 << bit
                 word.stop = True
         for language, text in synonyms["sets"].items():
-            for line in text.strip().splitlines():
-                self._set(line.split(), (language,))
-        for pair in wordnet["synonyms"].split():
-            self._set(pair.split("|"), ("en",))
-        light = {
-            number for language, text in synonyms["light"].items() for number in self._each(text.split(), (language,))
-        }
-        acts = self._each(wordnet["acts"].split(), ("en",)) | self._each(synonyms["acts"]["de"].split(), ("de",))
-        relations = {
-            number
-            for language, text in synonyms["relations"].items()
-            for number in self._each(text.split(), (language,))
-        }
-        implied = {
-            code: frozenset(self._each(text.split(), ("en", "de"))) for code, text in synonyms["implied"].items()
-        }
+            self._sets([line.split() for line in text.splitlines()], language)
+        self._sets([pair.split("|") for pair in wordnet["synonyms"].split()], "en")
+        light = _joined(self._terms(text, language) for language, text in synonyms["light"].items())
+        acts = self._terms(wordnet["acts"], "en") | self._terms(synonyms["acts"]["de"], "de")
+        relations = _joined(self._terms(text, language) for language, text in synonyms["relations"].items())
+        implied = {code: self._terms(text, *_BOTH) for code, text in synonyms["implied"].items()}
         implied["who"] |= persons
-        category = {
-            number for text in synonyms["category"].values() for number in self._each(text.split(), ("en", "de"))
-        }
+        category = _joined(self._terms(text, *_BOTH) for text in synonyms["category"].values())
         direction = guards["direction"]
         for kind in ("convert", "from", "to"):
             for word in self._add(direction[kind].split()):
                 word.direction = word.direction or kind
-        parts = {number: words for language in ("de", "en") for number, words in self._parts(language)}
-        for language, table in self.tables.items():
-            _index(table, language)
-            for order, word in enumerate(word for word in table.words.values() if word.stop):
-                word.frame = order % 255 + 1
-        # "account" has the stem of "accounting", and that is no reason to take it for a trade.
-        denying = {word.number for table in self.tables.values() for word in table.words.values() if word.soft_negation}
-        common = {word.number for table in self.tables.values() for word in table.words.values() if not word.exclusive}
-        raw = b"".join((_DATA / name).read_bytes() for name in _FILES)
+        parts = self._parts("de") | self._parts("en")
+        denying: set[int] = set()
+        for table in self.tables.values():
+            for form, word in table.special.items():
+                word.number = table.words[form]
+                word.exclusive, word.opposites = table.exclusive.get(form, ()), table.opposites.get(form, ())
+            for order, form in enumerate(filter(table.stops.__contains__, table.words)):
+                table.special[form].frame = order % 255 + 1
+            denying |= {word.number for word in table.special.values() if word.soft_negation}
+            # "account" has the stem of "accounting", and that is no reason to take it for a trade.
+            narrowing -= {table.words[form] for form in table.words.keys() - table.exclusive.keys()}
         return Lexicon(
-            fingerprint=hashlib.blake2b(raw, digest_size=2).digest(),
+            fingerprint=hashlib.blake2b(b"".join(raw), digest_size=2).digest(),
             tables=self.tables,
             votes=_votes(languages["detect"]),
-            related={number: frozenset(others - {number}) for number, others in self.related.items()},
+            related=self.related,
             graded=graded | denying,
-            canonical={number: min(others) for number, others in self.related.items()},
-            light=frozenset(light),
-            relations=frozenset(relations),
-            acts=frozenset(acts),
-            category=frozenset(category),
+            light=light,
+            relations=relations,
+            acts=acts,
+            category=category,
             implied=tuple(implied.get(code, frozenset()) for code in questions),
-            narrowing=frozenset(narrowing - common),
-            reversible={number: frozenset(groups) for number, groups in reversible.items()},
+            narrowing=frozenset(narrowing),
+            reversible=reversible,
             conflicts=_conflicts(guards["question_words"]["conflicts"], questions),
             what=questions.index("what"),
             asks=frozenset(guards["question_words"]["asks"].split()),
             questions=questions,
             codes={code: position for position, code in enumerate(questions)} | {"": questions.index("command")},
-            shapes=shapes,
-            groups=groups,
             yes_no={language: _first_words(guards["question_words"], language) for language in self.tables},
             parts=parts,
             separable=frozenset(synonyms["phrases"]["separable"].split()),
@@ -304,46 +324,61 @@ class _Builder:
             marks=_marks(direction),
         )
 
-    def _classes(self, data: dict[str, Any]) -> tuple[tuple[str, ...], set[int], dict[int, set[int]], set[int]]:
-        names: list[str] = []
+    def _classes(self, data: dict[str, Any]) -> tuple[set[int], dict[int, frozenset[int]], set[int]]:
+        groups = count()
         narrowing: set[int] = set()
         persons: set[int] = set()
-        reversible: dict[int, set[int]] = {}
+        reversible: dict[int, frozenset[int]] = {}
+        marked: Codes = {}
         for section in (name for name, content in data.items() if isinstance(content, dict)):
-            for name, text in data[section].items():
-                for number, members in enumerate(text.split("|")):
-                    for word in self._set(members.split(), ("en", "de")):
-                        word.exclusive = (*word.exclusive, len(names) * 256 + number)
-                        if section in data["narrowing"].split():
-                            narrowing.add(word.number)
-                        if section == "people":
-                            persons.add(word.number)
-                        if section in data["reversible"].split():
-                            reversible.setdefault(word.number, set()).add(len(names))
-                names.append(name)
-        return tuple(names), narrowing, reversible, persons
+            narrows, turns = (section in data[kind].split() for kind in ("narrowing", "reversible"))
+            for text, group in zip(data[section].values(), groups, strict=False):
+                members = [forms.split() for forms in text.split("|")]
+                for number, forms in enumerate(members):
+                    _mark(marked, forms, group * 256 + number)
+                numbers = frozenset().union(*self._sets(members, *_BOTH))
+                if narrows:
+                    narrowing |= numbers
+                if section == "people":
+                    persons |= numbers
+                if turns:
+                    alone = frozenset((group,))
+                    for one in numbers:
+                        reversible[one] = reversible[one] | alone if one in reversible else alone
+        for table, excluded in self._tables(_BOTH):
+            table.exclusive = {form: codes for form, codes in marked.items() if form not in excluded}
+        return narrowing, reversible, persons
 
-    def _parts(self, language: str) -> Iterator[tuple[int, frozenset[int]]]:
-        words = self.tables[language].words
-        for form, phrase in list(words.items()):
-            parts = form.split("_")
-            if len(parts) > 1 and phrase.number and not phrase.stop:
-                speaking = [part for part in parts if part not in words or not words[part].stop]
-                if len(speaking) > 1:
-                    yield phrase.number, frozenset(self._each(speaking, (language,)))
+    def _parts(self, language: str) -> dict[int, frozenset[int]]:
+        table = self.tables[language]
+        table.stops = stops = frozenset(form for form, word in table.special.items() if word.stop)
+        phrases = [form for form, number in table.words.items() if "_" in form and number and form not in stops]
+        speaking = [[part for part in form.split("_") if part not in stops] for form in phrases]
+        several = [(form, parts) for form, parts in zip(phrases, speaking, strict=True) if len(parts) > 1]
+        self._learn(chain.from_iterable(parts for _, parts in several), language)
+        number_of = table.words.__getitem__
+        return {number_of(form): frozenset(map(number_of, parts)) for form, parts in several}
 
-    def _opposites(self, lines: Iterable[str], languages: tuple[str, ...]) -> None:
-        for line in lines:
-            for side, members in enumerate(line.split("|")):
-                for word in self._set(members.split(), languages):
-                    word.opposites = (*word.opposites, self.pairs * 2 + side)
-            self.pairs += 1
+    def _opposites(self, lines: list[str], *languages: str) -> None:
+        sides = [[side.split() for side in line.split("|")] for line in lines]
+        marked: Codes = {}
+        for pair, both in enumerate(sides, self.pairs):
+            for side, forms in enumerate(both):
+                _mark(marked, forms, pair * 2 + side)
+        for table, excluded in self._tables(languages):
+            for form, codes in marked.items():
+                if form not in excluded:
+                    table.opposites[form] = (*table.opposites.get(form, ()), *codes)
+        self._sets(list(chain.from_iterable(sides)), *languages)
+        self.pairs += len(lines)
 
     def _negations(self, data: dict[str, str]) -> None:
         for language in self.tables:
             for word in self._add(data[language].split(), (language,)):
                 word.negation = word.stop = True
-            for word in self._set_each(data[f"soft_{language}"].split(), language):
+            forms = data[f"soft_{language}"].split()
+            self._learn(forms, language)
+            for word in self._add(forms, (language,)):
                 word.soft_negation = True
 
     def _questions(self, data: dict[str, str]) -> tuple[str, ...]:
@@ -354,76 +389,85 @@ class _Builder:
                     word.question, word.stop = code, True
                 if code not in codes:
                     codes.append(code)
-        for form in data["possible"].split():
-            if "_" in form:
-                for word in self._add([form]):
-                    word.question, word.stop = "possible", True
+        for word in self._add(form for form in data["possible"].split() if "_" in form):
+            word.question, word.stop = "possible", True
         for word in self._add(data["manner"].split()):
             word.question, word.stop = "manner", True
         return tuple(codes)
 
     def _numbers(self, data: dict[str, str]) -> None:
-        for form, value in _pairs(data["words"]):
-            for word in self._add([form]):
-                word.value = float(value)
-        for form, value in _pairs(data["factors"]):
-            for word in self._add([form]):
-                word.factor = float(value)
-        for form, value in _pairs(data["ordinals"]):
-            for word in self._add([form]):
-                word.ordinal = int(value)
-        for word in self._add(data["weak"].split()):
-            word.value, word.weak = 1.0, True
-        for word in self._add(data["two"].split()):
-            word.value, word.weak = 2.0, True
+        for kind, attribute in (("words", "value"), ("factors", "factor"), ("ordinals", "ordinal")):
+            for form, value in _pairs(data[kind]):
+                for word in self._add([form]):
+                    setattr(word, attribute, int(value) if kind == "ordinals" else float(value))
+        for kind, number in (("weak", 1.0), ("two", 2.0)):
+            for word in self._add(data[kind].split()):
+                word.value, word.weak = number, True
 
-    def _add(self, forms: Iterable[str], languages: Iterable[str] = ("en", "de")) -> Iterator[Word]:
+    def _add(self, forms: Iterable[str], languages: tuple[str, ...] = _BOTH) -> Iterator[Word]:
         """Yield the `Word` of each form in each language, made if needed."""
-        languages = tuple(languages)
         for form in forms:
-            for language in languages:
-                if form in (self.not_english if language == "en" else self.not_german) and len(languages) > 1:
-                    continue
-                table = self.tables[language]
-                word = table.words.get(form)
-                if word is None:
-                    word = table.words[form] = Word(0)
-                yield word
+            for table, excluded in self._tables(languages):
+                if form not in excluded:
+                    table.words.setdefault(form, 0)
+                    word = table.special.get(form)
+                    if word is None:
+                        word = table.special[form] = Word()
+                    yield word
 
-    def _set(self, forms: list[str], languages: tuple[str, ...]) -> list[Word]:
-        """Make the forms stand for one another; return their words."""
-        words = []
-        for form in forms:
-            for word in self._add([form], languages):
-                if not word.number:  # inflections of a word are one term
-                    base = stem(form, languages[0]).replace("-", "_")
-                    word.number = self.numbers.setdefault(base, len(self.numbers) + 1)
-                words.append(word)
-        numbers = {word.number for word in words}
-        for number in numbers:
-            self.related.setdefault(number, set()).update(numbers)
-        return words
+    def _tables(self, languages: tuple[str, ...]) -> tuple[tuple[Table, set[str]], ...]:
+        """Return for each language its table, and the forms that are not to be added to it."""
+        if len(languages) == 1:
+            return ((self.tables[languages[0]], set()),)
+        return (self.tables["en"], self.not_english), (self.tables["de"], self.not_german)
 
-    def _set_each(self, forms: list[str], language: str) -> list[Word]:
-        return [word for form in forms for word in self._set([form], (language,))]
+    def _sets(self, sets: list[list[str]], *languages: str) -> list[frozenset[int]]:
+        """Make the forms of each set stand for one another; return the numbers of each."""
+        forms = self._learn(chain.from_iterable(sets), *languages)
+        found: list[frozenset[int]] = [frozenset()] * len(sets)
+        for table, excluded in self._tables(languages):
+            kept = sets if excluded.isdisjoint(forms) else [[x for x in own if x not in excluded] for own in sets]
+            numbers_of = table.words.__getitem__
+            found = [numbers.union(map(numbers_of, own)) for numbers, own in zip(found, kept, strict=True)]
+        related = self.related
+        for together in found:
+            if len(together) > 1:
+                for number in together:
+                    related[number] = related[number] | together if number in related else together
+        return found
 
-    def _each(self, forms: list[str], languages: tuple[str, ...]) -> set[int]:
-        """Return the numbers of forms that need not stand for one another."""
-        return {word.number for form in forms for word in self._set([form], languages)}
+    def _learn(self, forms: Iterable[str], *languages: str) -> Iterable[str]:
+        """Give a number to forms with content, inflections of a word are one term; return the forms."""
+        forms, first = dict.fromkeys(forms), languages[0]
+        numbers, base_of, bases = self.numbers, _STEMMERS[first], self.tables[first].bases
+        for table, excluded in self._tables(languages):
+            words = table.words
+            for form in [form for form in forms if not words.get(form) and form not in excluded]:
+                base = bases.get(form)
+                if base is None:
+                    base = bases[form] = base_of(form)
+                if "-" in base:
+                    base = base.replace("-", "_")
+                number = numbers.get(base)
+                if number is None:
+                    number = numbers[base] = len(numbers) + 1
+                words[form] = number
+        return forms
+
+    def _terms(self, text: str, *languages: str) -> frozenset[int]:
+        """Return the numbers of the forms of `text`."""
+        # In one language a form may have the number of another, by its stem, than in the other.
+        return _joined(self._sets([[form] for form in text.split()], *languages))
 
 
-def _index(table: Table, language: str) -> None:
-    """Fill `stems` and `phrases` from `words`."""
-    for form, word in sorted(table.words.items(), key=lambda item: item[1].stop):
-        if "_" not in form:
-            table.stems.setdefault(stem(form, language), word)  # "allowance" is rather of "allow" than of "allowed"
-            continue
-        first, second, *rest = form.split("_")
-        for key in {first, stem(first, language)}:
-            table.phrases.setdefault(key, {}).setdefault(second, []).append((tuple(rest), word))
-    for following in table.phrases.values():
-        for found in following.values():
-            found.sort(key=lambda phrase: len(phrase[0]), reverse=True)
+def _mark(codes: Codes, forms: list[str], code: int) -> None:
+    alone = (code,)
+    for form in forms:
+        codes[form] = (*codes[form], code) if form in codes else alone
+
+
+def _joined(sets: Iterable[frozenset[int]]) -> frozenset[int]:
+    return frozenset().union(*sets)
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:

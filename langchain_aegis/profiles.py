@@ -187,7 +187,7 @@ class _Reader:
         self.forms = [form for token in tokens for form in forms_of(token, tongue)]
         if tongue == "de":
             join_particle(self.forms)
-        self.words = lexicon().tables[tongue].words
+        self.table = lexicon().tables[tongue]
         self.order: list[int] = []
         self.numbers: set[int] = set()
         self.weak: set[int] = set()
@@ -254,21 +254,26 @@ class _Reader:
         """Take the longest phrase that begins here; return how many tokens it has, 0 if there is none."""
         forms = self.forms
         if at + 1 < len(forms):
-            for rest, word in phrases.get(forms[at + 1].low, ()):
+            for rest, whole in phrases.get(forms[at + 1].low, ()):
                 end = at + 2 + len(rest)
                 if tuple(other.low for other in forms[at + 2 : end]) == rest:
-                    self._word(word, form)
+                    word = self._whole(whole, form)
                     if word.question == "count" and end < len(forms) and self._unit(forms[end].low):
                         self.question = "units"  # "how many days" may be "how long"
                     return end - at
         if form.separable:
             for later in range(at + 2, min(at + 6, len(forms))):
-                for rest, word in phrases.get(forms[later].low, ()):
+                for rest, whole in phrases.get(forms[later].low, ()):
                     if not rest:
                         self.skip.append(later)
-                        self._word(word, form)
+                        self._whole(whole, form)
                         return 1
         return 0
+
+    def _whole(self, phrase: str, form: Form) -> Word:
+        word = self.table.find(phrase) or Word()
+        self._word(word, form)
+        return word
 
     def _number(self, at: int) -> int:
         """Take a number with its factor and unit; return the position after it."""
@@ -286,9 +291,9 @@ class _Reader:
             if suffix == "k":
                 value = plain(as_float(value) * 1000)
             elif suffix in ("am", "pm"):
-                self._codes(self.words[f"#{suffix}"])
+                self.exclusive.update(self.table.exclusive[f"#{suffix}"])
             elif suffix and self._unit(suffix) is None:
-                word = self.words.get(form.low)
+                word = self.table.find(form.low)
                 if word is not None:
                     self._word(word, form)
                 else:
@@ -308,7 +313,7 @@ class _Reader:
             elif form.kind != NUMERIC and word.value is not None and word.value < 10 <= as_float(value) < 100:
                 value = plain(as_float(value) + word.value)
             elif self.forms[after].low in ("am", "pm") and form.kind == NUMERIC:
-                self._codes(self.words[f"#{self.forms[after].low}"])
+                self.exclusive.update(self.table.exclusive[f"#{self.forms[after].low}"])
             else:
                 break
             weak, after = False, after + 1
@@ -326,14 +331,14 @@ class _Reader:
         return after
 
     def _unit(self, low: str) -> tuple[str, float] | None:
-        word = self.words.get(low)
+        word = self.table.special.get(low)
         return word.unit if word is not None else None
 
     def _term(self, at: int, form: Form) -> None:
         """Take one token that is no number."""
         word = form.word
-        if at == 0 and form.low in self.words and self.words[form.low].stop:
-            word = self.words[form.low]  # "May I ..." is not about a month
+        if at == 0 and form.low in self.table.stops:
+            word = self.table.find(form.low)  # "May I ..." is not about a month
         self.negations += form.denied
         if form.kind == CODE:
             if VERSION_TAG.fullmatch(form.low):

@@ -71,11 +71,18 @@ def forms_of(token: str, language: str) -> tuple[Form, ...]:
         special = bool(form.phrases or form.denied or (form.capital and len(form.low) == 1))
         if form.word is not None:
             form.frame = form.word.frame
-            if not special and form.kind == PLAIN and form.word.silent:
+            if not special and form.kind == PLAIN and _silent(form.word):
                 form.inert, form.term = form.word.stop, 0 if form.word.stop else form.word.number
         else:
             form.unknown = not special and form.kind == PLAIN and len(form.low) > 1
     return forms
+
+
+def _silent(word: Word) -> bool:
+    """Return whether a word says nothing beyond its being there."""
+    speaking = (word.negation, word.soft_negation, word.question, word.direction, word.shape, word.exclusive)
+    counting = (word.value, word.factor, word.ordinal)
+    return not any(speaking) and not word.opposites and all(value is None for value in counting)
 
 
 def _forms(token: str, language: str, table: Table) -> tuple[Form, ...]:
@@ -90,10 +97,10 @@ def _forms(token: str, language: str, table: Table) -> tuple[Form, ...]:
         token = token.replace(".", "")
         token = token.upper() if token.upper() in table.words else token
     if capital and token in table.words:
-        return (Form(token.lower(), token, table.words[token], PLAIN, capital=True),)
+        return (Form(token.lower(), token, table.find(token), PLAIN, capital=True),)
     low = token.lower()
     base = stem(low, language)
-    word = table.words.get(low) or table.stems.get(base)
+    word = table.find(low) or table.find_stem(base)
     if word is not None:
         return (Form(low, base, word, PLAIN, capital=capital),)
     if first == "-" or not _LETTERS.fullmatch(token):
@@ -124,17 +131,17 @@ def _german(low: str, table: Table, capital: bool) -> tuple[Form, ...]:
     match = _INFIX.fullmatch(low)
     if match:
         base = stem(match[1] + match[2], "de")
-        word = table.stems.get(base)
+        word = table.find_stem(base)
         if word is not None:
             return (Form(low, base, word, PLAIN, capital=capital),)
     for cut in range(4, len(low) - 3):
-        last = table.words.get(low[cut:]) or table.stems.get(stem(low[cut:], "de"))
+        last = table.find(low[cut:]) or table.find_stem(stem(low[cut:], "de"))
         if last is None or not last.number:
             continue
         for link in _LINKS:
             rest = low[: cut - len(link)]
             if len(rest) > 3 and low[:cut].endswith(link):
-                first = table.words.get(rest) or (table.stems.get(stem(rest, "de")) if not link else None)
+                first = table.find(rest) or (table.find_stem(stem(rest, "de")) if not link else None)
                 if first is not None and first.number:
                     return (
                         Form(rest, stem(rest, "de"), first, PLAIN, capital=capital),
@@ -176,7 +183,7 @@ def _denied(low: str, language: str, table: Table, capital: bool) -> Form | None
         rest = low[len(prefix) :]
         if low.startswith(prefix) and len(rest) > 3 and not low.startswith(lexicon().not_prefixed):
             base = stem(rest, language)
-            return Form(low, base, table.words.get(rest) or table.stems.get(base), PLAIN, True, capital)
+            return Form(low, base, table.find(rest) or table.find_stem(base), PLAIN, True, capital)
     return None
 
 

@@ -159,7 +159,7 @@ def _swapped(cached: Profile, new: Profile, known: Lexicon) -> bool:
 
 def _canonical_order(one: Profile, known: Lexicon) -> list[int]:
     """Return the terms in their order, every word replaced by one that stands for all of its meaning."""
-    return [term if term & DIGEST else known.canonical[term] for term in one.order]
+    return [min(known.related.get(term, (term,))) for term in one.order]
 
 
 def _wording(cached: Profile, new: Profile, known: Lexicon) -> list[str]:
@@ -170,12 +170,12 @@ def _wording(cached: Profile, new: Profile, known: Lexicon) -> list[str]:
     if left:
         implied = known.implied[new.question]
         for term in tuple(left):
-            if term < DIGEST and (term in implied or not related[term].isdisjoint(theirs)):
+            if term < DIGEST and (term in implied or not related.get(term, _NONE).isdisjoint(theirs)):
                 left.remove(term)
     if right:
         implied = known.implied[cached.question]
         for term in tuple(right):
-            if term < DIGEST and (term in implied or not related[term].isdisjoint(mine)):
+            if term < DIGEST and (term in implied or not related.get(term, _NONE).isdisjoint(mine)):
                 right.remove(term)
     if left and right:
         if (
@@ -241,7 +241,7 @@ def _drop_phrases(left: set[int], right: set[int], cached: Profile, new: Profile
 
 def _stands_apart(phrase: int, terms: frozenset[int], known: Lexicon) -> bool:
     parts = known.parts.get(phrase, _NONE)
-    return bool(parts) and all(part in terms or not known.related[part].isdisjoint(terms) for part in parts)
+    return bool(parts) and all(part in terms or not known.related.get(part, _NONE).isdisjoint(terms) for part in parts)
 
 
 _NONE: frozenset[int] = frozenset()
