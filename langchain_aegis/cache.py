@@ -71,7 +71,7 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
         verifier: Gives a second opinion on near questions: a callable (cached, new) -> bool or number in [0, 1], a
             cross-encoder, or a chat model. Questions are then kept. Without an opinion there is no hit.
         verifier_band: Cosines between which it is asked; default from a tenth below the threshold to 0.97. Nearer
-            ones are served without it.
+            ones are served without it if they reach the threshold.
         verifier_budget_s: Time for one opinion.
         shadow_rate: Share of hits by meaning, at most 0.5, that are returned as misses and compared with the new
             answer: `stats().checked` is then a measured rate of wrong hits, which raises the threshold when it is
@@ -83,7 +83,7 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
         stale_if_error_s: For so long after its TTL an answer is served on exact repeats when ChatAegis or
             `get_or_generate` fails to make a new one; marked `stale`. Answers that are streamed are not.
         negative: Patterns, or a function of the answer's text, for answers that say that nothing was found.
-        negative_ttl_s: How long such answers are kept.
+        negative_ttl_s: How long such answers are kept, if others are not kept for a shorter time.
         lease_s: For so long one process may make an answer while others wait for it; 0: each makes its own.
         lease_wait_s: How long a process waits for another's answer.
         repeats: A text that was answered by meaning and is asked again gets an answer of its own, which serves exact
@@ -223,6 +223,8 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
 
     def stale_answer(self, prompt: str, llm_string: str) -> RETURN_VAL_TYPE | None:
         """Return an answer past its TTL that the lookup of this call has seen, or None; asks no Redis.
+
+        What was invalidated after that lookup is therefore still returned.
 
         ChatAegis asks for it when the server fails; only a cache with `stale_if_error_s` has one.
         """

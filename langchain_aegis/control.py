@@ -183,6 +183,7 @@ class Control(Performer):
 
         Args:
             question: A question alone, which is compared with what is near it in any scope; or that of `pipeline`.
+                Texts of other tenants' and users' questions are not shown.
             prompt: A model's whole prompt, a text or messages. Entries of other scopes that are near are listed too,
                 with the fields of the scope that differ.
             model: The chat model that `prompt` is for.

@@ -383,7 +383,7 @@ class Engine:
             answer = decode(record.answer, marks=marks)
             if answer is None:
                 found.record, found.tier, found.similarity, found.reasons = None, "miss", None, ("unreadable",)
-            elif (sources := current().sources) is not None and record.src:
+            elif (sources := current().sources) is not None and record.src and not self.options.dry_run:
                 sources.inherit(record.src)
         self._count(found, answer)
         if self.options.on_lookup is not None:

@@ -494,3 +494,75 @@ async def coroutine_rule(*_):
 def test_a_bad_argument_is_said_before_anything_is_connected(bad):
     with pytest.raises(AegisConfigError):
         AegisSemanticCache(**bad)
+
+
+# -- users, checks, faults --------------------------------------------------------------------------------------------
+
+
+def test_who_opts_out_takes_his_answers_from_those_he_shared_them_with(make_cache):
+    cache = make_cache(share_within_tenant=True)
+    with aegis_scope(tenant="acme", user="bob"):
+        taught(cache)
+    with aegis_scope(tenant="acme", user="eve"):
+        assert asked(cache, BOOK) == "28 days"
+    with aegis_scope(tenant="acme", user="eve"):  # another call: what it makes does not rest on the answer above
+        taught(cache, CARD, "4 euros")
+    assert cache.opt_out("bob") == 1
+    with aegis_scope(tenant="acme", user="eve"):
+        assert asked(cache, BOOK) is None
+        assert asked(cache, NEAR_BOOK) is None
+        assert asked(cache, CARD) == "4 euros"
+    with aegis_scope(tenant="acme", user="bob"):
+        assert asked(cache, CARD) is None
+        cache.update(prompt(CARD), MODEL, chat("5 euros"))
+    with aegis_scope(tenant="acme", user="eve"):
+        assert asked(cache, CARD) == "4 euros"
+
+
+def test_what_is_only_observed_brings_no_sources_along(make_cache):
+    cache, watched = (make_cache(namespace="observed", dry_run=dry) for dry in (False, True))
+    cache.clear()
+    with aegis_scope(sources=["a.md"]):
+        taught(cache)
+    with aegis_scope(sources=["b.md"]):
+        taught(watched, BOOK, "21 days")
+    cache.invalidate(sources=["a.md"])
+    assert asked(cache, BOOK) == "21 days"
+
+
+def test_an_explanation_survives_a_redis_that_refuses_to_search(make_cache, monkeypatch):
+    from redis.exceptions import ResponseError
+
+    cache = make_cache()
+    taught(cache)
+
+    def refuses(*_, **__):
+        raise ResponseError("NOPERM")
+        yield
+
+    monkeypatch.setattr(cache.cache._engine.store, "nearest_anywhere", refuses)
+    assert cache.explain(prompt=prompt(CARD), llm_string=MODEL).decision == "miss"
+    assert cache.explain(NEAR_BOOK).reasons == ("redis_down",)
+    with pytest.raises(AegisConfigError, match="chat model"):
+        cache.explain(prompt=prompt(CARD), model=5)
+
+
+@pytest.mark.parametrize("rule", ["bypass", "negative", "on_lookup", "compare_answers", "find_question", "chunks"])
+def test_a_rule_of_the_users_that_raises_breaks_no_call(make_cache, rule):
+    def broken(*_):
+        raise StopIteration
+
+    cache = make_cache(**{rule: broken}, shadow_rate=0.5)
+    cache.cache._engine.shadow._draw = lambda: 0.0
+    for question in (BOOK, NEAR_BOOK, BOOK):
+        cache.lookup(prompt(question), MODEL)
+        cache.update(prompt(question), MODEL, chat("28 days"))
+    assert cache.get_or_generate(BOOK, lambda: "28 days", pipeline="p") == "28 days"
+
+
+def test_the_lease_of_an_answer_that_is_not_kept_is_given_back(make_cache):
+    first, second = (make_cache(namespace="unkept", lease_s=60, lease_wait_s=30) for _ in range(2))
+    first.clear()
+    assert first.get_or_generate(BOOK, object, pipeline="p") is not None
+    assert second.get_or_generate(BOOK, lambda: "28 days", pipeline="p") == "28 days"
+    assert "lease_wait" not in second.cache.stats().reasons
