@@ -307,7 +307,7 @@ def test_explaining_leaves_no_verdict_behind(make_cache, redis_url):
     taught(cache)
     assert cache.explain(prompt=prompt(NEAR_BOOK), llm_string=MODEL).decision == "semantic"
     with redis.Redis.from_url(redis_url) as client:
-        assert client.keys(f"{cache.cache.settings.namespace}:*:b*") == []
+        assert client.keys(f"{cache.cache.settings.namespace}:{{p00}}:b*") == []
 
 
 def test_an_explanation_knows_that_the_namespace_asks_for_tenants(make_cache):
