@@ -33,7 +33,7 @@ from langchain_aegis.tokens import (
     plain,
 )
 
-_VERSION = 3
+_VERSION = 4
 _MAX_CHARACTERS = 16_384  # of a text; what follows counts as one identifier
 NEGATED, DENYING = 1, 2  # an odd number of negations; a word that denies without one
 PASSIVE = 4  # with its agent; SYMMETRIC, "and", "between" and the like, comes from the lexicon
@@ -62,23 +62,19 @@ class Profile(NamedTuple):
     exclusive: frozenset[int]  # 256 * set + class
     opposites: frozenset[int]  # 2 * pair + side
     frame: frozenset[int]  # the words without content: code + 256 * how often it stood before
-    spellings: tuple[tuple[int, int], ...]  # (position in order, a digest that survives swapped and doubled letters)
+    spellings: tuple[
+        int, ...
+    ]  # per term a digest that survives swapped and doubled letters; 0 of names and short words
 
     def encode(self) -> bytes:
         """Return the profile as bytes for a record; `decode` reads them."""
         sets = (self.numbers, self.weak_numbers, self.quantities, self.names, self.identifiers)
-        wide = (self.order, *map(sorted, sets))
-        pairs = [part for pair in self.spellings for part in pair]
-        narrow = (sorted(self.exclusive), sorted(self.opposites), sorted(self.frame), pairs)
-        counts = [len(part) for part in (*wide, *narrow)]
-        body = b"".join(
-            (
-                _BODY.pack(*self[:6], *counts),
-                struct.pack(f">{sum(counts[:6])}I", *(term for part in wide for term in part)),
-                struct.pack(f">{sum(counts[6:])}H", *(code for part in narrow for code in part)),
-            )
-        )
-        return _HEAD.pack(_VERSION, lexicon().fingerprint, _checksum(body)) + body
+        codes = (self.exclusive, self.opposites, self.frame)
+        wide = [*self.order, *(term for part in sets for term in sorted(part))]
+        narrow = [*self.spellings, *(code for part in codes for code in sorted(part))]
+        body = _BODY.pack(*self[:6], len(self.order), *map(len, sets), *map(len, codes))
+        body += struct.pack(f">{len(wide)}I{len(narrow)}H", *wide, *narrow)
+        return _HEAD.pack(_VERSION, lexicon().fingerprint, crc32(body)) + body
 
     @staticmethod
     def decode(data: bytes) -> Profile:
@@ -88,27 +84,32 @@ class Profile(NamedTuple):
             ValueError: Other bytes, or those of another version of the lexicon.
         """
         known = lexicon()
-        if data[:_CHECKED] != _HEAD.pack(_VERSION, known.fingerprint, b"")[:_CHECKED]:
-            raise ValueError("not a profile of this version")
-        body = data[_HEAD.size :]
-        if data[_CHECKED : _HEAD.size] != _checksum(body):
-            raise ValueError("not a profile: damaged")
         try:
-            language, question, flags, shape, source, target, *counts = _BODY.unpack_from(body)
-            size, short = sum(counts[:6]), sum(counts[6:])
-            terms = struct.unpack_from(f">{size}I", body, _BODY.size)
-            codes = struct.unpack_from(f">{short}H", body, _BODY.size + 4 * size)
+            version, fingerprint, checksum = _HEAD.unpack_from(data)
+            if version != _VERSION or fingerprint != known.fingerprint:
+                raise ValueError("not a profile of this version")
+            if checksum != crc32(data[_HEAD.size :]):
+                raise ValueError("not a profile: damaged")
+            language, question, flags, shape, source, target, *counts = _BODY.unpack_from(data, _HEAD.size)
+            words, numbers, weak, quantities, names, identifiers, exclusive, opposites, frame = counts
+            size = words + numbers + weak + quantities + names + identifiers
+            short = words + exclusive + opposites + frame
+            values = struct.unpack_from(f">{size}I{short}H", data, _START)
         except struct.error as exc:
             raise ValueError("not a profile: too short") from exc
         if language >= len(LANGUAGES) or question >= len(known.questions):
             raise ValueError("not a profile: unknown codes")
-        if len(body) != _BODY.size + 4 * size + 2 * short or counts[9] % 2:
+        if len(data) != _START + 4 * size + 2 * short:
             raise ValueError("not a profile: of another length")
-        parts: list[tuple[int, ...]] = [terms, (), (), (), (), ()]  # of most questions
-        if size != counts[0]:
-            parts = [terms[sum(counts[:at]) : sum(counts[: at + 1])] for at in range(6)]
-        opposites = counts[6] + counts[7]
-        frame = opposites + counts[8]
+        numbered = weakly = measured = named = identified = _NONE  # of most questions
+        if size > words:
+            numbered = frozenset(values[words : (at := words + numbers)])
+            weakly = frozenset(values[at : (at := at + weak)])
+            measured = frozenset(values[at : (at := at + quantities)])
+            named = frozenset(values[at : (at := at + names)])
+            identified = frozenset(values[at:size])
+        at = size + words
+        last = at + exclusive + opposites
         return Profile(
             language,
             question,
@@ -116,27 +117,24 @@ class Profile(NamedTuple):
             shape,
             source,
             target,
-            parts[0],
-            frozenset(parts[0]),
-            frozenset(parts[1]),
-            frozenset(parts[2]),
-            frozenset(parts[3]),
-            frozenset(parts[4]),
-            frozenset(parts[5]),
-            frozenset(codes[: counts[6]]),
-            frozenset(codes[counts[6] : opposites]),
-            frozenset(codes[opposites:frame]),
-            tuple(zip(codes[frame::2], codes[frame + 1 :: 2], strict=True)),
+            values[:words],
+            frozenset(values[:words]),
+            numbered,
+            weakly,
+            measured,
+            named,
+            identified,
+            frozenset(values[at : at + exclusive]) if exclusive else _NONE,
+            frozenset(values[at + exclusive : last]) if opposites else _NONE,
+            frozenset(values[last:]),
+            values[size:at],
         )
 
 
-_HEAD = struct.Struct(">B2s4s")  # version, lexicon, checksum
-_CHECKED = 3
-_BODY = struct.Struct(">BBBIii10H")
-
-
-def _checksum(body: bytes) -> bytes:
-    return crc32(body).to_bytes(4, "big")
+_HEAD = struct.Struct(">B2sI")  # version, lexicon, checksum
+_BODY = struct.Struct(">BBBIii9H")
+_START = _HEAD.size + _BODY.size
+_NONE: frozenset[int] = frozenset()
 
 
 def profile(text: str, *, key: bytes = b"") -> Profile:
@@ -162,9 +160,10 @@ def _digest(text: str, key: bytes) -> int:
 
 @lru_cache(maxsize=1 << 15)
 def _spelling(low: str, key: bytes) -> int:
-    """Return 16 bits that stay the same when neighbouring letters are swapped, doubled or halved."""
+    """Return 16 bits, not 0, that stay the same when neighbouring letters are swapped, doubled or halved."""
     skeleton = low[0] + "".join(sorted(set(low)))
-    return int.from_bytes(blake2b(skeleton.encode("utf-8", "surrogatepass"), digest_size=2, key=key).digest(), "big")
+    digest = blake2b(skeleton.encode("utf-8", "surrogatepass"), digest_size=2, key=key).digest()
+    return int.from_bytes(digest, "big") or 1
 
 
 class _Reader:
@@ -196,7 +195,7 @@ class _Reader:
         self.identifiers: set[int] = set()
         self.exclusive: set[int] = set()
         self.opposites: set[int] = set()
-        self.spellings: list[tuple[int, int]] = []
+        self.spellings: list[int] = []
         self.frame: list[int] = []
         self.shape = self.negations = self.soft = self.marks = 0
         self.question = ""
@@ -230,8 +229,7 @@ class _Reader:
             if (form.term or form.unknown) and not self.pending:
                 # Most words: what `_term` does with them, in one step.
                 named = form.unknown and form.capital and at and self.tongue == "en"
-                if len(form.low) > 4 and not named:
-                    spellings.append((len(order), _spelling(form.low, key)))
+                spellings.append(_spelling(form.low, key) if len(form.low) > 4 and not named else 0)
                 term = form.term or _digest(form.stem, key)
                 order.append(term)
                 if named:
@@ -349,19 +347,16 @@ class _Reader:
         if word is not None:
             letter = len(form.low) == 1 and form.capital and at and form.low != "i"
             if not letter:
-                if len(form.low) > 4 and word.number and not word.stop:
-                    self.spellings.append((len(self.order), _spelling(form.low, self.key)))
-                self._word(word, form)
+                self._word(word, form, _spelling(form.low, self.key) if len(form.low) > 4 else 0)
                 return
         if len(form.low) == 1 and not form.capital:
             return
         digest = _digest(form.stem, self.key)
         named = form.kind == NAME or (form.capital and at > 0 and self.tongue == "en")
-        if not named and len(form.low) > 4:
-            self.spellings.append((len(self.order), _spelling(form.low, self.key)))
-        self._add(digest, self.names if named else None)
+        spelling = _spelling(form.low, self.key) if not named and len(form.low) > 4 else 0
+        self._add(digest, self.names if named else None, spelling)
 
-    def _word(self, word: Word, form: Form) -> None:
+    def _word(self, word: Word, form: Form, spelling: int = 0) -> None:
         """Take a form, or a phrase, of the lexicon."""
         self._codes(word)
         self.negations += word.negation
@@ -381,7 +376,7 @@ class _Reader:
                 self.source = self.order[-1]
             self.pending = word.direction
         if word.number and not word.stop:
-            self._add(word.number, None)
+            self._add(word.number, None, spelling)
         elif not word.stop and not word.direction and not word.question:
             self._add(_digest(form.stem, self.key), None)
 
@@ -403,8 +398,9 @@ class _Reader:
         if word.opposites:
             self.opposites.update(word.opposites)
 
-    def _add(self, term: int, kind: set[int] | None) -> None:
+    def _add(self, term: int, kind: set[int] | None, spelling: int = 0) -> None:
         self.order.append(term)
+        self.spellings.append(spelling)
         if kind is not None:
             kind.add(term)
         if self.pending:

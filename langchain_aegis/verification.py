@@ -165,24 +165,22 @@ def _canonical_order(one: Profile, known: Lexicon) -> list[int]:
 def _wording(cached: Profile, new: Profile, known: Lexicon) -> list[str]:
     """Return the guards over the order of the terms and over those that only one of the questions holds."""
     mine, theirs = cached.terms, new.terms
-    left, right = set(mine - theirs), set(theirs - mine)
-    related = known.related
+    left, right, related = set(mine - theirs), set(theirs - mine), known.related
     if left:
         implied = known.implied[new.question]
         for term in tuple(left):
-            if term < DIGEST and (term in implied or not related.get(term, _NONE).isdisjoint(theirs)):
+            if term < DIGEST and (term in implied or (term in related and not related[term].isdisjoint(theirs))):
                 left.remove(term)
     if right:
         implied = known.implied[cached.question]
         for term in tuple(right):
-            if term < DIGEST and (term in implied or not related.get(term, _NONE).isdisjoint(mine)):
+            if term < DIGEST and (term in implied or (term in related and not related[term].isdisjoint(mine))):
                 right.remove(term)
     if left and right:
-        if (
-            max(left) >= DIGEST or max(right) >= DIGEST
-        ):  # two words of the lexicon are two words, however alike they look
+        if max(left) >= DIGEST or max(right) >= DIGEST:  # two words of the lexicon are two, however alike they look
             _drop_misspelt(left, right, cached, new)
-        if not known.parts.keys().isdisjoint(left | right):
+        phrases = known.parts.keys()
+        if not (phrases.isdisjoint(left) and phrases.isdisjoint(right)):
             _drop_phrases(left, right, cached, new, known)
     if not left or not right:
         left = left - known.light  # "-=" would go through all of the long set
@@ -249,10 +247,14 @@ _NONE: frozenset[int] = frozenset()
 
 def _drop_misspelt(left: set[int], right: set[int], cached: Profile, new: Profile) -> None:
     """Take out of both sets the terms that are the same word but for swapped or doubled letters."""
-    mine = {(digest, cached.order[at]) for at, digest in cached.spellings if cached.order[at] in left}
-    theirs = {(digest, new.order[at]) for at, digest in new.spellings if new.order[at] in right}
-    alike = {digest for digest, _ in mine} & {digest for digest, _ in theirs}
+    mine = {digest for term, digest in zip(cached.order, cached.spellings, strict=True) if term in left}
+    theirs = {digest for term, digest in zip(new.order, new.spellings, strict=True) if term in right}
+    alike = mine & theirs
+    alike.discard(0)
     if alike:
-        unknown = {digest for digest, term in mine | theirs if term & DIGEST}
-        left -= {term for digest, term in mine if digest in alike & unknown}
-        right -= {term for digest, term in theirs if digest in alike & unknown}
+        pairs = {*zip(cached.order, cached.spellings, strict=True), *zip(new.order, new.spellings, strict=True)}
+        pairs = {(term, digest) for term, digest in pairs if digest in alike and (term in left or term in right)}
+        unknown = {digest for term, digest in pairs if term & DIGEST}
+        dropped = {term for term, digest in pairs if digest in unknown}
+        left -= dropped
+        right -= dropped
