@@ -67,7 +67,7 @@ class Engine:
 
     def reset(self) -> None:
         """Take a new lock: another thread of the parent may have held the old one."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @property
     def store(self) -> Store:
@@ -131,11 +131,13 @@ class Engine:
             yield Work(self._prepare)
 
     def _prepare(self) -> None:
-        question = "What is it?"
-        find_question(f"Context:\nIt.\n\nQuestion: {question}")
-        exact_only_reason(question, system=["Answer."], around=["Context:\nIt."], earlier=[(question, "It.")])
-        compare(profile(question), profile(f"{question} Why?"))
-        self._open()
+        with self._lock:  # many calls may come at once: one does the work
+            if self._opened is None:
+                question = "What is it?"
+                find_question(f"Context:\nIt.\n\nQuestion: {question}")
+                exact_only_reason(question, system=["Answer."], around=["Context:\nIt."], earlier=[(question, "It.")])
+                compare(profile(question), profile(f"{question} Why?"))
+                self._open()
 
     def _locate(self, prompt: str, llm_string: str, told: Who) -> Key | str:
         key = self.keyring.for_prompt(prompt, llm_string, told, current().question)
