@@ -9,7 +9,7 @@ from langchain_core.load import dumps
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.outputs import ChatGeneration
 
-from langchain_aegis.stamps import _pending
+from langchain_aegis.stamps import _forgotten, _pending
 
 MODEL = "[('_type', 'chat'), ('model', 'm'), ('stop', None)]"
 
@@ -45,6 +45,18 @@ class Words(Embeddings):
         return vector
 
 
+class Same(Embeddings):
+    """Every question is as near as can be to every other: rules, guards and scopes alone decide."""
+
+    model = "same"
+
+    def embed_query(self, text):
+        return [0.6, 0.8]
+
+    def embed_documents(self, texts):
+        return [[0.6, 0.8] for _ in texts]
+
+
 class Driver:
     """Calls a cache blocking or awaited, so that one test proves both."""
 
@@ -61,7 +73,8 @@ class Driver:
         try:
             return self._loop.run_until_complete(self._loop.create_task(call, context=context))
         finally:
-            _pending.set(context.get(_pending, {}))
+            for variable in (_pending, _forgotten):
+                variable.set(context.get(variable, {}))
 
     def wait_for(self, late):
         return self._loop.run_until_complete(late) if self.awaited else late.result(10)
