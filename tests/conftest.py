@@ -19,6 +19,7 @@ from caches import Driver, Words
 import langchain_aegis.embedded  # noqa: F401 - sets the environment of OpenMP and onnxruntime before they are loaded
 from langchain_aegis import AegisSemanticCache
 from langchain_aegis.embedded.redis import EmbeddedRedis, package_path
+from langchain_aegis.testing import ScriptedOllama
 
 # No wall clock decides in a test: on two busy cores any example may take longer than hypothesis expects.
 hypothesis.settings.register_profile("aegis", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -168,3 +169,17 @@ def make_cache(request, redis_url):
     yield make
     for driver in made:
         driver.end()
+
+
+@pytest.fixture(scope="module")
+def running_ollama():
+    with ScriptedOllama("m") as server:
+        yield server
+
+
+@pytest.fixture
+def server(running_ollama):
+    """A scripted Ollama that has seen nothing yet and fails nowhere."""
+    running_ollama.heal()
+    running_ollama.forget()
+    return running_ollama

@@ -24,7 +24,6 @@ from langgraph.graph.message import add_messages
 from pydantic import Field
 
 from langchain_aegis import AegisSemanticCache, ChatAegis, was_cached
-from langchain_aegis.testing import ScriptedOllama
 
 TURNS = (
     "How long may I keep a book?",
@@ -52,19 +51,6 @@ class Apart(Embeddings):
 
     def embed_documents(self, texts):
         return [self.embed_query(text) for text in texts]
-
-
-@pytest.fixture(scope="module")
-def running():
-    with ScriptedOllama("m") as server:
-        yield server
-
-
-@pytest.fixture
-def server(running):
-    running.heal()
-    running.forget()
-    return running
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import uuid
 from typing import NamedTuple
 
 import pytest
-from langchain_core.embeddings import Embeddings
+from caches import Same
 from langchain_core.load import dumps
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.outputs import ChatGeneration
@@ -15,18 +15,6 @@ MODEL = "[('_type', 'chat'), ('model', 'm'), ('stop', None)]"
 
 
 EXACT_ONLY = {"not_a_question", "action", "volatile", "no_question", "several_labels"}
-
-
-class Same(Embeddings):
-    """Returns one vector for everything: rules and guards alone decide."""
-
-    model = "same"
-
-    def embed_query(self, text):
-        return [0.6, 0.8]
-
-    def embed_documents(self, texts):
-        return [[0.6, 0.8] for _ in texts]
 
 
 @pytest.fixture(scope="module")

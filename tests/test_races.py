@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 
 import pytest
+from caches import Same
 from conftest import wait_until
-from langchain_core.embeddings import Embeddings
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
@@ -27,7 +27,6 @@ from langchain_aegis import (
     was_cached,
 )
 from langchain_aegis.batching_chat import _flights
-from langchain_aegis.testing import ScriptedOllama
 
 QUESTION, PARAPHRASE = "How long may I keep a book?", "How long can I keep a book?"
 WHOSE = {"tenant": "acme", "user": "ann", "task": "faq"}
@@ -67,18 +66,6 @@ OTHERS = {
     "age": {"older_than_s": 3600},
     "tenant and age": {"tenant": "globex", "older_than_s": 0},
 }
-
-
-class Same(Embeddings):
-    """Every question is near every other: only rules and epochs keep answers back."""
-
-    model = "same"
-
-    def embed_query(self, text):
-        return [0.6, 0.8]
-
-    def embed_documents(self, texts):
-        return [[0.6, 0.8] for _ in texts]
 
 
 def open_cache(url, namespace, **options):
@@ -372,19 +359,6 @@ async def test_who_waits_for_another_process_is_not_given_what_was_removed(make,
 
 
 # -- streams and shared generations of ChatAegis
-
-
-@pytest.fixture(scope="module")
-def running():
-    with ScriptedOllama("m") as server:
-        yield server
-
-
-@pytest.fixture
-def server(running):
-    running.heal()
-    running.forget()
-    return running
 
 
 @pytest.mark.parametrize("way", ["sync", "async"])

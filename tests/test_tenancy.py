@@ -12,8 +12,8 @@ from typing import Annotated, Any, TypedDict
 
 import httpx
 import pytest
+from caches import Same
 from langchain.agents import create_agent
-from langchain_core.embeddings import Embeddings
 from langchain_core.messages import HumanMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda, RunnableParallel
@@ -37,35 +37,9 @@ from langchain_aegis import (
     aegis_scope,
     batching,
 )
-from langchain_aegis.testing import ScriptedOllama
 
 QUESTION = "What is the notice period of our contract?"
 DEADLINE_S = 60
-
-
-class Same(Embeddings):
-    """Every question is the same question: only scopes keep answers apart."""
-
-    model = "same"
-
-    def embed_query(self, text):
-        return [1.0, 0.0]
-
-    def embed_documents(self, texts):
-        return [[1.0, 0.0] for _ in texts]
-
-
-@pytest.fixture(scope="module")
-def running():
-    with ScriptedOllama("m") as server:
-        yield server
-
-
-@pytest.fixture
-def server(running):
-    running.heal()
-    running.forget()
-    return running
 
 
 @pytest.fixture
