@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -14,12 +14,12 @@ try:
 except ImportError as exc:
     raise ImportError(f"{exc}; run: pip install 'langchain-aegis[metrics]'", name=exc.name) from exc
 
-from langchain_aegis.counts import SIMILARITY, Checked, Cost, Distribution, NearestMisses
+from langchain_aegis.counts import SIMILARITY, Distribution
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.notices import warn_once
 from langchain_aegis.reasons import explain
-from langchain_aegis.results import CacheHealth
+from langchain_aegis.results import CacheHealth, CacheStats
 from langchain_aegis.settings import AegisSettings
 
 PREFIX: Final = "aegis_cache"
@@ -27,28 +27,13 @@ PREFIX: Final = "aegis_cache"
 BUCKETS_S: Final = tuple(float(f"{step}e{power}") for power in range(-4, 2) for step in (1, 2, 5))
 
 
-class Stats(Protocol):
-    """What `cache.stats()` returns, as far as it is shown here; see `counts.Counted`."""
-
-    stored: int
-    rejected: int
-    reasons: Mapping[str, int]
-    not_stored: Mapping[str, int]
-    by_task: Mapping[str, Mapping[str, int]]
-    lookup_s: Mapping[str, Distribution]
-    update_s: Distribution
-    saved: Cost
-    nearest_misses: NearestMisses
-    checked: Checked
-
-
 class Observed(Protocol):
     """A cache, as far as it is looked at here."""
 
     settings: AegisSettings
 
-    def stats(self) -> Any:
-        """Return `Stats`."""
+    def stats(self) -> CacheStats:
+        """Return what it has done."""
 
     def health(self) -> CacheHealth:
         """Return what the namespace holds."""
@@ -62,7 +47,7 @@ class _Counter:
     name: str
     text: str
     labels: tuple[str, ...]
-    rows: Callable[[Stats], Rows]
+    rows: Callable[[CacheStats], Rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +56,7 @@ class _Spread:
     text: str
     labels: tuple[str, ...]
     bounds: tuple[float, ...]
-    rows: Callable[[Stats], Iterable[tuple[tuple[str, ...], Distribution]]]
+    rows: Callable[[CacheStats], Iterable[tuple[tuple[str, ...], Distribution]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +144,7 @@ class CacheCollector:
         """Yield the families with their values."""
         with self._lock:
             caches = list(self._caches)
-        stats: list[tuple[str, Stats]] = [(cache.settings.namespace, cache.stats()) for cache in caches]
+        stats: list[tuple[str, CacheStats]] = [(cache.settings.namespace, cache.stats()) for cache in caches]
         for row in _COUNTERS:
             counter = CounterMetricFamily(f"{PREFIX}_{row.name}", row.text, labels=("namespace", *row.labels))
             values: dict[tuple[str, ...], float] = {}
