@@ -167,7 +167,7 @@ def thresholds(embedder: str, mode: str) -> tuple[float, bool]:
 
 @cache
 def lexicon() -> Lexicon:
-    """Return the lexicon; the first call reads the data files (some fifty milliseconds)."""
+    """Return the lexicon; the first call reads the data files (some hundred milliseconds)."""
     return _Builder().build()
 
 

@@ -177,7 +177,7 @@ def _wording(cached: Profile, new: Profile, known: Lexicon) -> list[str]:
             if term < DIGEST and (term in implied or (term in related and not related[term].isdisjoint(mine))):
                 right.remove(term)
     if left and right:
-        if max(left) >= DIGEST or max(right) >= DIGEST:  # two words of the lexicon are two, however alike they look
+        if _alike(left, cached, new) or _alike(right, new, cached):
             _drop_misspelt(left, right, cached, new)
         phrases = known.parts.keys()
         if not (phrases.isdisjoint(left) and phrases.isdisjoint(right)):
@@ -212,8 +212,8 @@ def _reworded(left: set[int], right: set[int], cached: Profile, new: Profile, kn
     "my message"). Where the sentence is built anew, a few odd words mostly belong to the new construction, as long as
     the questions share more and none of the odd words is one of a set of alternatives. Names and codes never get here.
     """
-    mine, theirs = len(cached.frame - new.frame), len(new.frame - cached.frame)
-    if mine + theirs < _NEW_CONSTRUCTION or not min(mine, theirs):
+    around, others = cached.frame, new.frame
+    if len(around ^ others) < _NEW_CONSTRUCTION or around <= others or others <= around:
         return False
     left, right = left - known.relations, right - known.relations
     odd = left | right
@@ -243,6 +243,15 @@ def _stands_apart(phrase: int, terms: frozenset[int], known: Lexicon) -> bool:
 
 
 _NONE: frozenset[int] = frozenset()
+
+
+def _alike(odd: set[int], one: Profile, other: Profile) -> bool:
+    """Return whether an unknown odd word looks like a word of the other: two words of the lexicon are always two."""
+    looks = other.spellings
+    for term, digest in zip(one.order, one.spellings):  # noqa: B905  (of one length; this runs for most candidates)
+        if term >= DIGEST and digest in looks and digest and term in odd:
+            return True
+    return False
 
 
 def _drop_misspelt(left: set[int], right: set[int], cached: Profile, new: Profile) -> None:
