@@ -38,8 +38,9 @@ _TEXTS: dict[Stage, dict[str, tuple[str, str]]] = {
         ),
         "bypass": ("The rule given as `bypass=` matches.", "Nothing, if that is meant."),
         "bad_identity": (
-            "The call names a tenant or user that is blank or no text, so nobody knows whose answer it would be.",
-            "Give a text that is not blank, or leave the name out.",
+            "The call names a tenant or user that is blank or no text, or two different ones, or another one than its "
+            "lookup did: nobody knows whose answer it would be.",
+            "Give one text that is not blank, or leave the name out; see the warning in the log.",
         ),
         "no_tenant": (
             "The call names no tenant although others do.",

@@ -182,6 +182,17 @@ def test_a_user_who_opts_out_is_served_nothing_and_nothing_of_him_is_kept(make_c
         assert asked(cache, BOOK) == "28 days"
 
 
+def test_a_user_who_opted_out_is_not_served_what_others_share_either(make_cache):
+    cache = make_cache(share_within_tenant=True)
+    cache.opt_out("bob")
+    with aegis_scope(tenant="acme", user="eve"):
+        taught(cache)
+        assert asked(cache, BOOK) == "28 days"
+    with aegis_scope(tenant="acme", user="bob"):
+        assert asked(cache, BOOK) is None
+        assert cache.cache.stats().reasons["opted_out"] == 1
+
+
 # -- explanations -----------------------------------------------------------------------------------------------------
 
 
