@@ -177,7 +177,8 @@ def _wording(cached: Profile, new: Profile, known: Lexicon) -> list[str]:
             if term < DIGEST and (term in implied or (term in related and not related[term].isdisjoint(mine))):
                 right.remove(term)
     if left and right:
-        if _alike(left, cached, new) or _alike(right, new, cached):
+        # Most odd words are words of the lexicon, which are never misspelt.
+        if (max(left) >= DIGEST and _alike(left, cached, new)) or (max(right) >= DIGEST and _alike(right, new, cached)):
             _drop_misspelt(left, right, cached, new)
         phrases = known.parts.keys()
         if not (phrases.isdisjoint(left) and phrases.isdisjoint(right)):
