@@ -32,6 +32,7 @@ GUARDS: tuple[str, ...] = (
     "topic",
 )
 
+_NONE: frozenset[int] = frozenset()
 _NEW_CONSTRUCTION = 3  # words without content in which two sentences differ that are built in different ways
 
 
@@ -164,18 +165,22 @@ def _canonical_order(one: Profile, known: Lexicon) -> list[int]:
 
 def _wording(cached: Profile, new: Profile, known: Lexicon) -> list[str]:
     """Return the guards over the order of the terms and over those that only one of the questions holds."""
-    mine, theirs = cached.terms, new.terms
-    left, right, related = set(mine - theirs), set(theirs - mine), known.related
-    if left:
-        implied = known.implied[new.question]
-        for term in tuple(left):
-            if term < DIGEST and (term in implied or (term in related and not related[term].isdisjoint(theirs))):
-                left.remove(term)
-    if right:
-        implied = known.implied[cached.question]
-        for term in tuple(right):
-            if term < DIGEST and (term in implied or (term in related and not related[term].isdisjoint(mine))):
-                right.remove(term)
+    mine, theirs, related = cached.terms, new.terms, known.related
+    left, right = set(), set()
+    # Asked in the same way, both name what they ask for, and it has to be the same ("how much is the rent", "the fee").
+    alike = cached.question == new.question
+    implied = _NONE if alike else known.implied[new.question]
+    for term in mine:
+        if term not in theirs and (
+            term >= DIGEST or (term not in implied and (term not in related or related[term].isdisjoint(theirs)))
+        ):
+            left.add(term)
+    implied = _NONE if alike else known.implied[cached.question]
+    for term in theirs:
+        if term not in mine and (
+            term >= DIGEST or (term not in implied and (term not in related or related[term].isdisjoint(mine)))
+        ):
+            right.add(term)
     if left and right:
         # Most odd words are words of the lexicon, which are never misspelt.
         if (max(left) >= DIGEST and _alike(left, cached, new)) or (max(right) >= DIGEST and _alike(right, new, cached)):
@@ -213,14 +218,17 @@ def _reworded(left: set[int], right: set[int], cached: Profile, new: Profile, kn
     "my message"). Where the sentence is built anew, a few odd words mostly belong to the new construction, as long as
     the questions share more and none of the odd words is one of a set of alternatives. Names and codes never get here.
     """
+    left, right = left - known.relations, right - known.relations
+    many, more = len(left), len(right)
+    if many > 3 or more > 3 or many + more > 5:
+        return False
+    needed = 2 if many + more < 3 else 3
+    if len(cached.terms) - many < needed or len(new.terms) - more < needed:
+        return False
     around, others = cached.frame, new.frame
     if len(around ^ others) < _NEW_CONSTRUCTION or around <= others or others <= around:
         return False
-    left, right = left - known.relations, right - known.relations
     odd = left | right
-    shared = min(len(cached.terms) - len(left), len(new.terms) - len(right))
-    if max(len(left), len(right)) > 3 or len(odd) > 5 or shared < (2 if len(odd) < 3 else 3):
-        return False
     if not (known.graded.isdisjoint(odd) and known.narrowing.isdisjoint(odd)):
         return False
     # "How do I cancel it", "what is the process for upgrading it": another act.
@@ -241,9 +249,6 @@ def _drop_phrases(left: set[int], right: set[int], cached: Profile, new: Profile
 def _stands_apart(phrase: int, terms: frozenset[int], known: Lexicon) -> bool:
     parts = known.parts.get(phrase, _NONE)
     return bool(parts) and all(part in terms or not known.related.get(part, _NONE).isdisjoint(terms) for part in parts)
-
-
-_NONE: frozenset[int] = frozenset()
 
 
 def _alike(odd: set[int], one: Profile, other: Profile) -> bool:

@@ -224,3 +224,16 @@ def test_one_undecided_language_blocks_nothing() -> None:
     assert "language" not in reasons("Kayak tours?", "Which are the kayak tours?")
     assert "language" in reasons("Kubernetes installieren?", "Install Kubernetes?")
     assert "language" in reasons("Quelle est la longueur du lac ?", "What is the length of the lake?")
+
+
+@pytest.mark.parametrize(
+    ("cached", "new"),
+    [
+        ("How much is the rent?", "How much is the deposit?"),
+        ("Where is the shop?", "Where is the room?"),
+        ("What is the height of the tower?", "What is the balance of the tower?"),
+        ("In which city is the office?", "In which country is the office?"),
+    ],
+)
+def test_what_is_asked_for_is_compared_where_both_ask_in_the_same_way(cached, new):
+    assert compare(profile(cached), profile(new))
