@@ -42,7 +42,7 @@ _PROBES = ("How many days of notice does the contract ask for?", "Wie lange läu
 _SAME = 0.999  # cosine of vectors of one text: floats differ between hosts, models differ more
 _TELLS_APART = 0.9
 _UNRELATED = 0.999  # quantile
-_MARGIN = 0.25
+_MARGIN = 0.2
 _UNRELATED_TEXTS = 200
 
 Progress = Callable[[int, int], None]
@@ -175,7 +175,7 @@ def calibrate(
        reach them. So no more may reach them than with all-MiniLM-L6-v2 at the thresholds that were chosen for it
        (`exposure` in thresholds.toml). This counts ranks and works for every scale of cosines; an embedder that keeps
        traps farther away may find more.
-    3. unrelated: it lies above the cosine of 999 of 1,000 pairs of unrelated questions, by a quarter of the way from
+    3. unrelated: it lies above the cosine of 999 of 1,000 pairs of unrelated questions, by a fifth of the way from
        there to 1.
     4. lowest: never below 0.5, as `min_similarity=`.
 
