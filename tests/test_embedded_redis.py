@@ -266,10 +266,15 @@ def test_a_fork_during_the_start_holds_nothing(home):
     starting.start()
     pid = wait_until(lambda: server_of(home / "slow.lock"))
     read, write = os.pipe()
+    forked, ready = os.pipe()
     if (child := os.fork()) == 0:
         os.close(write)
+        os.write(ready, b"x")  # what is to be done after a fork is done
         os.read(read, 1)
         os._exit(0)
+    assert os.read(forked, 1) == b"x"
+    os.close(forked)
+    os.close(ready)
     (home / "go").touch()
     starting.join(60)
     assert not starting.is_alive()

@@ -329,10 +329,10 @@ def _lock_of(path: Path) -> threading.Lock:
 
 def _forget_in_child() -> None:
     """After a fork: the leases are the parent's, and so are locks that its other threads held."""
-    for lease in _leases.values():
-        lease.forget()
     for opened in _opening:
         opened.close()
+    for lease in _leases.values():
+        lease.forget()
     _leases.clear()
     _locks.clear()
     _opening.clear()
