@@ -20,7 +20,6 @@ from langchain_aegis.engine import Engine
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flows import arun, run
 from langchain_aegis.keys import FindQuestion
-from langchain_aegis.lexicon import lexicon
 from langchain_aegis.lookup import Lookup
 from langchain_aegis.notices import warn_once
 from langchain_aegis.performer import swallow
@@ -222,14 +221,20 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
             swallow("update", exc)
 
     def stale_answer(self, prompt: str, llm_string: str) -> RETURN_VAL_TYPE | None:
-        """Return an answer past its TTL that the lookup of this call has seen, or None; asks no Redis.
-
-        What was invalidated after that lookup is therefore still returned.
+        """Return an answer past its TTL to a call that was just looked up in this context, or None.
 
         ChatAegis asks for it when the server fails; only a cache with `stale_if_error_s` has one.
         """
         try:
-            return self._engine.stale_answer(prompt, llm_string)
+            return run(self._engine.stale_answer(prompt, llm_string), self._perform)
+        except Exception as exc:  # as in `lookup`
+            swallow("lookup", exc)
+            return None
+
+    async def astale_answer(self, prompt: str, llm_string: str) -> RETURN_VAL_TYPE | None:
+        """Like `stale_answer`."""
+        try:
+            return await arun(self._engine.stale_answer(prompt, llm_string), self._aperform)
         except Exception as exc:  # as in `lookup`
             swallow("lookup", exc)
             return None
@@ -279,7 +284,6 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
         If the embedder fails here, it is made again later: without its own threshold it would serve too much.
         """
         made = self._given if self._given is not None else self._default_embeddings()
-        lexicon()  # half of a first lookup's work, done where it blocks nobody
         if made is not None:
             self._engine.calibration = calibrated(made, self.settings)
         return made

@@ -189,8 +189,8 @@ class Engine:
             found.record, found.tier, found.similarity, found.epochs, found.stale = None, "miss", None, None, None
             found.reasons = ("no_tenant",)
 
-    def instead(self, found: Lookup) -> Flow[tuple[Literal[True], Any] | None]:
-        """Let others make the answer whose making failed; return (True, value) if an old one may be served."""
+    def instead(self, found: Lookup, decode: Callable[..., T | None]) -> Flow[T | None]:
+        """Let others make the answer whose making failed; return an old one, decoded, if that may be served."""
         yield from self._release(found)
         if found.stale is None or not self.options.stale_if_error_ms:
             return None
@@ -198,14 +198,14 @@ class Engine:
         found.stale, epochs = yield from self.store.read(key.exact, key.things, tenant=key.tenant, user=key.user)
         if epochs is None or epochs.opted_out or not self._take_stale(found):
             return None
-        return self._served(found, entries.decode_value)
+        return self._served(found, decode)
 
-    def stale_answer(self, prompt: str, llm_string: str) -> list[Generation] | None:
-        """Return the old answer that the lookup of this call has seen, if it may stand in for the model's."""
+    def stale_answer(self, prompt: str, llm_string: str) -> Flow[list[Generation] | None]:
+        """Return an old answer of the call that was looked up in this context, if it may stand in for the model's."""
         pending = recall(self._identity, prompt, llm_string)
-        if pending is None or pending.who != self.caller() or not self._take_stale(pending.found):
+        if pending is None or pending.who != self.caller():
             return None
-        return self._served(pending.found, entries.decode_answer)
+        return (yield from self.instead(pending.found, entries.decode_answer))
 
     def _take_stale(self, found: Lookup) -> bool:
         if found.stale is None or now_ms() >= found.stale.fresh_ms + self.options.stale_if_error_ms:

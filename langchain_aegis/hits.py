@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from typing import Any, Self
 from uuid import uuid4
 
@@ -67,8 +68,10 @@ class CachedChat(ChatOllama):
                 return super()._generate_with_cache(messages, stop, run_manager, **kwargs)
             except AegisError as exc:
                 told = {"async_api": False, "run_manager": run_manager, **kwargs}
-                if (old := self._stale(exc, messages, stop, told, kwargs)) is None:
+                ask = self._asking("stale_answer", exc, messages, stop, told, kwargs)
+                if ask is None or (found := ask()) is None:
                     raise
+                old = self._convert_cached_generations(found)
                 self._replay_v2_events_for_cache_hit(old, run_manager=run_manager, **kwargs)
                 return ChatResult(generations=old)
 
@@ -84,22 +87,23 @@ class CachedChat(ChatOllama):
                 return await super()._agenerate_with_cache(messages, stop, run_manager, **kwargs)
             except AegisError as exc:
                 told = {"async_api": True, "run_manager": run_manager, **kwargs}
-                if (old := self._stale(exc, messages, stop, told, kwargs)) is None:
+                ask = self._asking("astale_answer", exc, messages, stop, told, kwargs)
+                if ask is None or (found := await ask()) is None:
                     raise
+                old = self._convert_cached_generations(found)
                 await self._areplay_v2_events_for_cache_hit(old, run_manager=run_manager, **kwargs)
                 return ChatResult(generations=old)
 
-    def _stale(
-        self, exc: AegisError, messages: list[BaseMessage], stop: list[str] | None, told: dict[str, Any],
+    def _asking(
+        self, how: str, exc: AegisError, messages: list[BaseMessage], stop: list[str] | None, told: dict[str, Any],
         options: dict[str, Any],
-    ) -> list[ChatGeneration] | None:  # fmt: skip
-        """Return an old answer that the cache gives when the model cannot: it looked for one a moment ago."""
+    ) -> Callable[[], Any] | None:  # fmt: skip
+        """Return what asks the cache for an old answer in place of one that the server failed to give."""
         if not exc.retryable or self._should_stream(**told) or self._should_use_protocol_streaming(**told):
             return None  # a stream may have begun already
         cache = self.cache if isinstance(self.cache, BaseCache) else get_llm_cache()
-        give = None if self.cache is False else getattr(cache, "stale_answer", None)
-        old = give(dumped(messages), self._get_llm_string(stop=stop, **options)) if give is not None else None
-        return None if old is None else self._convert_cached_generations(old)
+        give = None if self.cache is False else getattr(cache, how, None)
+        return None if give is None else partial(give, dumped(messages), self._get_llm_string(stop=stop, **options))
 
     def _replay_v2_events_for_cache_hit(
         self, generations: list[ChatGeneration], *, run_manager: CallbackManagerForLLMRun | None, **kwargs: Any

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from langchain_core.messages import BaseMessage
 
+from langchain_aegis.entries import decode_value
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flows import arun, run
 from langchain_aegis.lookup import Lookup
@@ -201,7 +202,7 @@ class Pipelines(Performer):
         if found is None:
             return None
         try:
-            return run(self._engine.instead(found), self._perform)
+            return run(self._engine.instead(found, decode_value), self._perform)
         except Exception as exc:  # as in `get_or_generate`
             swallow("lookup", exc)
             return None
@@ -210,7 +211,7 @@ class Pipelines(Performer):
         if found is None:
             return None
         try:
-            return await arun(self._engine.instead(found), self._aperform)
+            return await arun(self._engine.instead(found, decode_value), self._aperform)
         except Exception as exc:  # as in `get_or_generate`
             swallow("lookup", exc)
             return None

@@ -7,8 +7,8 @@ from caches import MODEL, Words, chat, prompt, text_of
 from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_core.outputs import Generation
 
-from langchain_aegis import aegis_scope, aegis_sources, was_cached
-from langchain_aegis.errors import AegisConfigError
+from langchain_aegis import AegisSemanticCache, ChatAegis, aegis_scope, aegis_sources, was_cached
+from langchain_aegis.errors import AegisConfigError, AegisOverloadedError
 
 BOOK, CARD = "How long may I keep a book?", "What does a reader card cost?"
 NEAR_BOOK = "How long can I keep a book?"
@@ -388,8 +388,6 @@ def test_a_graph_node_is_answered_from_the_cache(redis_url):
     from langgraph.graph import END, START, StateGraph
     from typing_extensions import TypedDict
 
-    from langchain_aegis import AegisSemanticCache
-
     class State(TypedDict, total=False):
         question: str
         answer: str
@@ -416,8 +414,6 @@ def test_a_graph_node_is_answered_from_the_cache(redis_url):
 
 
 async def test_a_coroutine_node_and_what_it_depends_on(redis_url):
-    from langchain_aegis import AegisSemanticCache
-
     async with AegisSemanticCache(redis_url, Words(), namespace="anode", min_similarity=0.6, op_budget_s=5) as cache:
         await cache.aclear()
         runs = []
@@ -538,3 +534,43 @@ def test_explaining_does_not_count_as_asking(make_cache):
     taught(cache)
     assert cache.explain(prompt=prompt(NEAR_BOOK), llm_string=MODEL).decision == "semantic"
     assert asked(cache, NEAR_BOOK) == "28 days"
+
+
+# -- ChatAegis and a server that fails ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+@pytest.mark.parametrize("invalidated", [False, True])
+async def test_a_chat_model_that_fails_is_answered_with_an_old_answer_if_told(
+    redis_url, server, clock, monkeypatch, way, invalidated
+):
+    async with AegisSemanticCache(
+        redis_url, Words(), namespace="failing", min_similarity=0.6, op_budget_s=5, ttl_s=60, stale_if_error_s=60
+    ) as cache:
+        await cache.aclear()
+        model = ChatAegis(model="m", base_url=server.base_url, cache=cache)
+
+        async def ask():
+            return await model.ainvoke(BOOK) if way == "ainvoke" else model.invoke(BOOK)
+
+        fresh = await ask()
+        assert was_cached(fresh) is None
+        clock(61)
+        server.fail(503, times=None)
+        if invalidated:  # after the lookup, while the model is asked
+            name = "_agenerate" if way == "ainvoke" else "_generate"
+            real = getattr(ChatAegis, name)
+
+            def meanwhile(*args, **kwargs):
+                cache.invalidate(model="m")
+                return real(*args, **kwargs)
+
+            monkeypatch.setattr(ChatAegis, name, meanwhile)
+            with pytest.raises(AegisOverloadedError):
+                await ask()
+        else:
+            old = await ask()
+            assert (old.text, was_cached(old)["stale"]) == (fresh.text, True)
+            clock(61)
+            with pytest.raises(AegisOverloadedError):
+                await ask()
