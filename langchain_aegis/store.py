@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 from langchain_aegis import scripts
@@ -203,7 +203,7 @@ class Store(Namespace):
 
     def put(
         self, record: Record, *, things: Sequence[str], now_ms: int, tenanted: bool, max_entries: int | None = None,
-        fence: int = 0, sets: Sequence[str] = (),
+        fence: int = 0,
     ) -> Flow[str]:  # fmt: skip
         """Store `record` unless something that it belongs to was invalidated since its `epochs`.
 
@@ -214,14 +214,11 @@ class Store(Namespace):
             tenanted: Whether it belongs to a named tenant.
             max_entries: So many records of its tenant are kept; the least recently used go.
             fence: Number of the lease under which it was made, or 0.
-            sets: What lists the record if it does not say so itself.
 
         Returns:
             "stored", "invalidated", "opted_out" (its user wants nothing kept), "fenced" (another lease was given
             since), "lost" (the namespace was emptied meanwhile), or "failed" (Redis refused).
         """
-        if not record.sets:
-            record = replace(record, sets=tuple(sets))
         kept = 0
         if record.vec:
             if (yield from self._has_search()):

@@ -37,8 +37,9 @@ class Scopes:
         record = Record(
             key=f"{number:032x}", scope=scope, emb=EMBEDDER, digest="", created_ms=NOW_MS, expires_ms=NOW_MS + 60_000,
             epochs=self._do(self.store.epochs(["namespace"])).stamp(), answer=b"{}", vec=vector(angle),
+            sets=("tenant:x",),
         )  # fmt: skip
-        put = self.store.put(record, things=["namespace"], sets=["tenant:x"], now_ms=NOW_MS, tenanted=False)
+        put = self.store.put(record, things=["namespace"], now_ms=NOW_MS, tenanted=False)
         assert self._do(put) == "stored"
 
     def nearest(self, scope, k=5):
