@@ -86,8 +86,8 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
         lease_s: For so long one process may make an answer while others wait for it; 0: each makes its own.
         lease_wait_s: How long a process waits for another's answer.
         repeats: A text that was answered by meaning and is asked again gets an answer of its own, which serves exact
-            repeats from then on, so that a wrong hit is never served twice. "auto": if the stored question says it in
-            other words; "ask": always; "serve": never.
+            repeats from then on, so that a wrong hit is never served twice. "auto": if the stored question differs in
+            more than words without content; "ask": always; "serve": never.
         settings: Defaults for all of the above.
 
     Raises:

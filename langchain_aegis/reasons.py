@@ -128,8 +128,8 @@ _TEXTS: dict[Stage, dict[str, tuple[str, str]]] = {
         "no_profile": ("The entry was written by a version with other guards.", "Nothing: it expires."),
         "unreadable": ("The entry holds what this version cannot read.", "Nothing: it expires."),
         "asked_again": (
-            "This very text was answered by meaning before, from a question in other words, and is asked again: the "
-            "model makes an answer of its own, which serves exact repeats from then on. A wrong hit is not repeated.",
+            "This very text was answered by meaning before, from another wording, and is asked again: the model "
+            "makes an answer of its own, which serves exact repeats from then on. A wrong hit is not repeated.",
             "Nothing, or `repeats=\"serve\"`.",
         ),
         "other_scope": (
