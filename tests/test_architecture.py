@@ -22,6 +22,7 @@ ORDER = [
     "entries", "answers", "replays", "hits", "vectors",
     "replies", "namespace", "scripts", "store", "connections", "sweeper",
     "attempts", "refusals", "ndjson", "client", "endpoint",
+    "traits", "prefixes",
     "wakers", "tickets", "admission", "bulk", "flights", "calls", "forwarding", "servers",
     "budgets", "embedder", "verifiers", "agreement", "shadow", "reasons", "lookup", "counts", "results",
     "scopes_seen", "cache_options", "reports", "pairs", "calibration", "engine", "performer", "explain",
