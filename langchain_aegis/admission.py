@@ -1,8 +1,9 @@
 """At most N calls of a server run, at most M wait, the rest is refused at once.
 
 An `Admission` is shared by sync threads, by any number of event loops and by one `asyncio.run` after another. A call
-takes a `Ticket`, which is either a slot or a place in the queue; `Admission._next` alone decides who runs next. A
-slot is handed on directly, so a free slot and a waiting call never exist together.
+takes a `Ticket`, which is either a slot or a place in the queue; `queues.Line` alone decides who runs next. A slot is
+handed on directly, so a free slot and a waiting call never exist together, but for background traffic, which leaves
+the last slot free.
 
 A ticket may be given back from a finaliser that interrupts its own thread inside this module. Giving back therefore
 never waits for the lock: the ticket is put on a list, and whoever holds the lock settles that list when letting go.
@@ -12,32 +13,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+from langchain_aegis.bounds import MAX_BATCH, MAX_CONCURRENCY, MAX_WAITING, WINDOW_MS, check_bounds
 from langchain_aegis.errors import (
     AegisClosedError,
-    AegisConfigError,
     AegisDeadlineError,
     AegisOverloadedError,
 )
 from langchain_aegis.forks import reset_after_fork
+from langchain_aegis.queues import Line
+from langchain_aegis.tallies import Event, Row, Tally
 from langchain_aegis.tickets import State, Ticket, held_tickets
+from langchain_aegis.traits import NO_TRAITS, Priority, Traits, priority
 from langchain_aegis.wakers import Waker
 
-MAX_CONCURRENCY = 4
-MAX_WAITING = 100
-Wait = Literal["refuse", "queue"]
+Wait = Literal["refuse", "patient", "queue"]
 
 _FIRST_GUESS_S = 1.0  # a service time before any was measured
 _SMOOTHING = 0.2  # weight of the newest service time
+_FADING = 0.05  # how fast a long service time is forgotten
 _LONGEST_RETRY_S = 60.0
 _DEAD_LOOP_CHECK_S = 1.0
+_PATIENCE_S = 2.0  # for so long, or twice a service time, a call may be overtaken by those that suit the server better
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +51,18 @@ class AdmissionStats:
     max_waiting: int
     running: int
     waiting: int  # calls that count against max_waiting
-    waiting_bulk: int  # items of batches, which do not count
+    waiting_bulk: int  # items of batches, and others that wait without counting
+    waiting_spare: int  # background traffic
+    oldest_s: float  # seconds that the call has waited that waits longest
+    service_s: float | None  # smoothed time that a slot is held, in seconds
     served: int
     refused: int
     expired: int
-    service_s: float | None  # smoothed time that a slot is held, in seconds
+    cancelled: int  # left the queue by themselves
+    merged: int  # were answered by another one's call
+    prefixes_reused: int  # turns given to calls whose prompt begins like the one before in their slot
+    reloads_avoided: int  # turns given to calls that need what was loaded, past one that needs something else
+    rows: tuple[Row, ...]  # the counts by model and tenant
 
 
 class Admission:
@@ -60,7 +70,8 @@ class Admission:
 
     Args:
         max_concurrency: Most calls that run at once.
-        max_waiting: Most calls that wait; items of a batch wait without counting.
+        max_waiting: Most calls that wait; items of a batch wait without counting. When all places are taken, a call
+            of a tenant with fewer of them gets the place of the newest call of whoever has most.
         clock: Seconds, monotonic; for tests.
 
     Raises:
@@ -79,8 +90,10 @@ class Admission:
         self._max_waiting = max_waiting
         self._clock = clock
         self._closed = False
-        self._served = self._refused = self._expired = 0
+        self._totals = dict.fromkeys(("served", "refused", "expired", "cancelled", "merged"), 0)
+        self._tally = Tally()
         self._service_s: float | None = None
+        self._longest_s = 0.0
         self.reset()
         reset_after_fork(self)
 
@@ -88,7 +101,7 @@ class Admission:
         """Forget every call: in the child of a fork they are somebody else's."""
         self._lock = threading.Lock()
         self._running: set[Ticket] = set()
-        self._queue: OrderedDict[Ticket, None] = OrderedDict()
+        self._line = Line()
         self._counted = 0  # waiting calls that count against max_waiting
         self._gone: deque[Ticket] = deque()
         self._idle: list[Waker] = []
@@ -118,13 +131,22 @@ class Admission:
         """Whether `enter` would refuse a call now; without a lock, so it may be wrong a moment later."""
         return self._counted >= self._max_waiting and len(self._running) >= self._max_concurrency
 
-    def enter(self, *, wait: Wait = "refuse", deadline_s: float | None = None, deadline: float | None = None) -> Ticket:
+    def enter(
+        self, *, wait: Wait = "refuse", deadline_s: float | None = None, deadline: float | None = None,
+        traits: Traits = NO_TRAITS, window_ms: float = WINDOW_MS, max_batch: int = MAX_BATCH,
+    ) -> Ticket:  # fmt: skip
         """Take a slot, or a place in the queue, without waiting for anything.
 
         Args:
-            wait: "refuse" when `max_waiting` calls wait already, or "queue" whatever happens (items of a batch).
+            wait: "refuse" when `max_waiting` calls wait already; "patient" to wait without counting; "queue" likewise,
+                but after all others (items of a batch). Inside `traits.background()` it is background traffic.
             deadline_s: Seconds from now until which the call must have started.
             deadline: The same as a time of the clock (`time.monotonic()`); the earlier one counts.
+            traits: What is known of the call; decides about its turn.
+            window_ms: 0: it waits first come, first served within its tenant. Else calls that share a long prefix, or
+                a model and runner options, may overtake it, for this long, twice a service time, or 2 s, whichever is
+                longest.
+            max_batch: Most calls that begin alike and run in a row in one slot, while others wait.
 
         Returns:
             A ticket; `wait` or `await_` it, and `leave` it in a `finally`.
@@ -138,36 +160,51 @@ class Admission:
             own = self._clock() + deadline_s
             deadline = own if deadline is None else min(own, deadline)
         if (held := held_tickets.get()) and any(t.admission is self and t.running for t in held):
-            return Ticket(self, State.RIDING, bulk=False, deadline=deadline)
-        bulk = wait == "queue"
+            return Ticket(self, State.RIDING, deadline=deadline)
+        kind: Priority = "spare" if priority.get() == "spare" else "bulk" if wait == "queue" else "interactive"
+        ticket = Ticket(
+            self, State.WAITING, kind, traits, counted=kind == "interactive" and wait == "refuse", deadline=deadline,
+            window_s=window_ms / 1000, max_batch=max_batch,
+        )  # fmt: skip
+        evicted = None
         try:
             with self._lock:
                 if self._closed:
                     raise AegisClosedError("this admission was closed; it takes no new calls")
                 if deadline is not None and deadline <= self._clock():
-                    self._expired += 1
+                    self._count("expired", ticket)
                     raise AegisDeadlineError("the deadline had passed before the call was made; nothing was sent")
-                if len(self._running) < self._max_concurrency or self._reclaimed():
-                    ticket = Ticket(self, State.RUNNING, bulk=bulk, deadline=deadline)
-                    self._running.add(ticket)
+                if self._has_slot_for(kind) or (self._reclaimed() and self._has_slot_for(kind)):
+                    self._run(ticket)
+                    self._line.starting(ticket, self._clock())
                     return ticket
-                if not bulk and self._counted >= self._max_waiting and not self._purged():
-                    self._refused += 1
-                    raise self._overloaded()
-                ticket = Ticket(self, State.WAITING, bulk=bulk, deadline=deadline)
-                self._queue[ticket] = None
-                self._counted += not bulk
-                return ticket
+                if self._is_full_for(ticket) and (not self._purge() or self._is_full_for(ticket)):
+                    evicted = self._line.rival(traits.tenant) if ticket.counted else None
+                    if evicted is None:
+                        self._count("refused", ticket)
+                        raise self._overloaded()
+                    self._line.remove(evicted)
+                    self._counted -= 1
+                    self._count("refused", evicted)
+                    evicted.refusal, evicted.state = self._overloaded(), State.EVICTED
+                ticket.entered = self._clock()
+                self._line.add(ticket)
+                self._counted += ticket.counted
+                running = tuple(self._running)
         finally:
             if self._gone:
                 self._settle()
+        if evicted is not None:
+            self._wake([evicted])
+        ticket.look()
+        for other in running:
+            other.look()
+        return ticket
 
     @contextlib.contextmanager
-    def slot(
-        self, *, wait: Wait = "refuse", deadline_s: float | None = None, deadline: float | None = None
-    ) -> Iterator[Ticket]:
+    def slot(self, **arguments: Any) -> Iterator[Ticket]:
         """Hold a slot for the length of a `with` block; arguments and errors as in `enter` and `Ticket.wait`."""
-        ticket = self.enter(wait=wait, deadline_s=deadline_s, deadline=deadline)
+        ticket = self.enter(**arguments)
         try:
             ticket.wait()
             yield ticket
@@ -175,11 +212,9 @@ class Admission:
             ticket.leave()
 
     @contextlib.asynccontextmanager
-    async def aslot(
-        self, *, wait: Wait = "refuse", deadline_s: float | None = None, deadline: float | None = None
-    ) -> AsyncIterator[Ticket]:
+    async def aslot(self, **arguments: Any) -> AsyncIterator[Ticket]:
         """Hold a slot for the length of an `async with` block; as `slot`."""
-        ticket = self.enter(wait=wait, deadline_s=deadline_s, deadline=deadline)
+        ticket = self.enter(**arguments)
         try:
             await ticket.await_()
             yield ticket
@@ -202,8 +237,8 @@ class Admission:
         """Turn new calls away and fail the waiting ones with `AegisClosedError`; running ones end as they like."""
         with self._lock:
             self._closed = True
-            waiting = list(self._queue)
-            self._queue.clear()
+            waiting = list(self._line)
+            self._line.clear()
             self._counted = 0
             for ticket in waiting:
                 ticket.state = State.CLOSED
@@ -232,41 +267,73 @@ class Admission:
         """Return a snapshot."""
         self._settle()
         with self._lock:
+            now, line = self._clock(), self._line
             found = AdmissionStats(
                 max_concurrency=self._max_concurrency,
                 max_waiting=self._max_waiting,
                 running=len(self._running),
                 waiting=self._counted,
-                waiting_bulk=len(self._queue) - self._counted,
-                served=self._served,
-                refused=self._refused,
-                expired=self._expired,
+                waiting_bulk=len(line) - self._counted - line.size("spare"),
+                waiting_spare=line.size("spare"),
+                oldest_s=max((now - t.entered for t in line if t.entered is not None), default=0.0),
                 service_s=self._service_s,
+                **self._totals,
+                prefixes_reused=line.prefixes_reused,
+                reloads_avoided=line.reloads_avoided,
+                rows=self._tally.rows(),
             )
         self._settle()
         return found
 
+    def merged(self, traits: Traits) -> None:
+        """Count a call that is answered by another one's call of the model."""
+        with self._lock:
+            self._totals["merged"] += 1
+            self._tally.count("merged", traits)
+        self._settle()
+
     # The rest is for tickets. Methods that say "locked" are called with the lock held.
 
-    def _next(self) -> Ticket:
-        """Choose who runs next; locked, and the queue is not empty. The only place that decides."""
-        ticket, _ = self._queue.popitem(last=False)
-        self._counted -= not ticket.bulk
-        return ticket
+    def _has_slot_for(self, kind: Priority) -> bool:
+        """Whether a call that arrives now may run at once; locked."""
+        used, slots = len(self._running), self._max_concurrency
+        if kind == "spare":  # one slot stays free for whoever comes next
+            return not len(self._line) and (used + 1 < slots or (slots == 1 and not used))
+        return used < slots
+
+    def _is_full_for(self, ticket: Ticket) -> bool:
+        """Whether a call that cannot run at once has no place to wait; locked."""
+        if ticket.kind == "spare":
+            return self._line.size("spare") >= self._max_waiting
+        return ticket.counted and self._counted >= self._max_waiting
+
+    def _run(self, ticket: Ticket) -> None:
+        """Give a slot to a call; locked."""
+        ticket.state = State.RUNNING
+        self._running.add(ticket)
 
     def _grant(self) -> list[Ticket]:
         """Give free slots to waiting calls; locked. Returns the tickets to wake."""
         woken = []
-        while self._queue and len(self._running) < self._max_concurrency:
-            ticket = self._next()
-            if ticket.deadline is not None and ticket.deadline <= self._clock():
+        while len(self._line) and len(self._running) < self._max_concurrency:
+            now = self._clock()
+            patience_s = max(_PATIENCE_S, 2 * self._longest_s)
+            ticket = self._line.next(self._running, self._max_concurrency, now, patience_s)
+            if ticket is None:
+                break
+            self._counted -= ticket.counted
+            if ticket.deadline is not None and ticket.deadline <= now:
                 ticket.state = State.EXPIRED
-                self._expired += 1
+                self._count("expired", ticket)
             else:
-                ticket.state = State.RUNNING
-                self._running.add(ticket)
+                self._run(ticket)
+                self._tally.waited(ticket.traits, now - (ticket.entered or now))
             woken.append(ticket)
         return woken
+
+    def _count(self, event: Event, ticket: Ticket) -> None:
+        self._totals[event] += 1
+        self._tally.count(event, ticket.traits)
 
     def _leave(self, ticket: Ticket) -> None:
         self._gone.append(ticket)
@@ -283,7 +350,7 @@ class Admission:
                 while self._gone:
                     woken += self._take_back(self._gone.popleft())
                 woken += self._grant()
-                if not self._running and not self._queue:
+                if not self._running and not len(self._line):
                     idle, self._idle = self._idle, idle
             finally:
                 self._lock.release()
@@ -295,17 +362,20 @@ class Admission:
     def _take_back(self, ticket: Ticket) -> list[Ticket]:
         """Remove a ticket from wherever it stands; locked. Returns it when somebody still waits for it."""
         state, ticket.state = ticket.state, State.LEFT
-        if state is State.WAITING and ticket in self._queue:
-            del self._queue[ticket]
-            self._counted -= not ticket.bulk
+        if state is State.WAITING and self._line.remove(ticket):
+            self._counted -= ticket.counted
+            self._count("cancelled", ticket)
             return [ticket]
         if ticket in self._running:
             self._running.discard(ticket)
+            now = self._clock()
+            self._line.leaving(ticket, self._max_concurrency, now)
             if ticket.started is not None:
-                self._served += 1
-                took = self._clock() - ticket.started
+                self._count("served", ticket)
+                took = now - ticket.started
                 old = self._service_s
                 self._service_s = took if old is None else old + _SMOOTHING * (took - old)
+                self._longest_s = max(took, self._longest_s + _FADING * (took - self._longest_s))
         return []
 
     def _wake(self, tickets: list[Ticket]) -> None:
@@ -332,26 +402,26 @@ class Admission:
         """Let a call run beyond the bound."""
         with self._lock:
             if ticket.state is State.WAITING:
-                self._queue.pop(ticket, None)
-                self._counted -= not ticket.bulk
-                ticket.state = State.RUNNING
-                self._running.add(ticket)
+                self._line.remove(ticket)
+                self._counted -= ticket.counted
+                self._run(ticket)
         self._settle()
 
     def _expire(self, ticket: Ticket) -> None:
         """Take a waiting ticket out of the queue and tell whoever waits for it."""
         with self._lock:
             if waited := ticket.state is State.WAITING:
-                self._take_back(ticket)
+                self._line.remove(ticket)
+                self._counted -= ticket.counted
                 ticket.state = State.EXPIRED
-                self._expired += 1
+                self._count("expired", ticket)
         if waited:
             self._wake([ticket])
         self._settle()
 
-    def _count_expired(self) -> None:
+    def _count_expired(self, ticket: Ticket) -> None:
         with self._lock:
-            self._expired += 1
+            self._count("expired", ticket)
         self._settle()
 
     def _reclaimed(self) -> bool:
@@ -359,26 +429,26 @@ class Admission:
         for ticket in self._running:
             if ticket.loop is not None and ticket.loop.is_closed():
                 self._gone.append(ticket)
-        if self._queue:
+        if len(self._line):
             return False  # settling gives what was taken back to those who wait already
         while self._gone:
             self._take_back(self._gone.popleft())
         return len(self._running) < self._max_concurrency
 
-    def _purged(self) -> bool:
-        """Drop waiting calls whose event loop was closed under them; locked. Looks at most once a second."""
+    def _purge(self) -> bool:
+        """Drop waiting calls whose event loop was closed under them; locked. False if it was looked a moment ago."""
         now = self._clock()
         if now < self._next_purge:
             return False
         self._next_purge = now + _DEAD_LOOP_CHECK_S
-        for ticket in [t for t in self._queue if t.loop is not None and t.loop.is_closed()]:
+        for ticket in [t for t in self._line if t.loop is not None and t.loop.is_closed()]:
             self._take_back(ticket)
-        return self._counted < self._max_waiting
+        return True
 
     def _overloaded(self) -> AegisOverloadedError:
         """Make the refusal, with the time after which the calls that wait now will have been served; locked."""
         service_s = _FIRST_GUESS_S if self._service_s is None else self._service_s
-        after_s = min(_LONGEST_RETRY_S, service_s * (len(self._queue) + 1) / self._max_concurrency)
+        after_s = min(_LONGEST_RETRY_S, service_s * (len(self._line) + 1) / self._max_concurrency)
         return AegisOverloadedError(
             f"{self._counted} calls wait already (max_waiting={self._max_waiting}); nothing was sent. "
             f"Try again in {after_s:.1f} s, or use .batch/.abatch, which wait for their turn",
@@ -389,83 +459,13 @@ class Admission:
         waker = Waker(loop)
         with self._lock:
             self._closed = True
-            if busy := bool(self._running or self._queue):
+            if busy := bool(self._running or len(self._line)):
                 self._idle.append(waker)
         self._settle()
         return waker if busy else None
 
     def _finish_drain(self) -> bool:
         with self._lock:
-            finished = not self._running and not self._queue
+            finished = not self._running and not len(self._line)
         self.close()
         return finished
-
-
-def admission_for(server: str, *, max_concurrency: int | None = None, max_waiting: int | None = None) -> Admission:
-    """Return the process's one `Admission` for a server, made on first use.
-
-    Args:
-        server: Its address; equal texts are one server.
-        max_concurrency: Slots that this user of the server asks for; the smallest that anybody asked for wins, and
-            4 are used when nobody asks.
-        max_waiting: Likewise, with 100.
-
-    Raises:
-        AegisConfigError: A bound is out of range.
-    """
-    check_bounds(max_concurrency=max_concurrency, max_waiting=max_waiting)
-    with _registry.lock:
-        shared = _registry.servers.get(server)
-        if shared is None or shared.admission.closed:
-            shared = _registry.servers[server] = _Shared(Admission())
-        shared.max_concurrency = _smaller(shared.max_concurrency, max_concurrency)
-        shared.max_waiting = _smaller(shared.max_waiting, max_waiting)
-        shared.admission.limit(max_concurrency=shared.max_concurrency, max_waiting=shared.max_waiting)
-        return shared.admission
-
-
-def check_bounds(
-    *,
-    max_concurrency: int | None = None,
-    max_waiting: int | None = None,
-    window_ms: float | None = None,
-    max_batch: int | None = None,
-    deadline_s: float | None = None,
-) -> None:
-    """Raise `AegisConfigError` for a bound that is out of range; None is never checked."""
-    for name, whole, least in (("max_concurrency", max_concurrency, 1), ("max_waiting", max_waiting, 0),
-                               ("max_batch", max_batch, 1)):  # fmt: skip
-        if whole is not None and (isinstance(whole, bool) or not isinstance(whole, int) or whole < least):
-            raise AegisConfigError(f"{name} must be a whole number of at least {least}, got {whole!r}")
-    if window_ms is not None and not (_is_number(window_ms) and 0 <= window_ms < math.inf):
-        raise AegisConfigError(f"window_ms must be a number of milliseconds, 0 or more, got {window_ms!r}")
-    if deadline_s is not None and not (_is_number(deadline_s) and 0 < deadline_s < math.inf):
-        raise AegisConfigError(f"deadline_s must be a number of seconds above 0, got {deadline_s!r}")
-
-
-@dataclass(slots=True)
-class _Shared:
-    admission: Admission
-    max_concurrency: int | None = None
-    max_waiting: int | None = None
-
-
-class _Registry:
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.servers: dict[str, _Shared] = {}
-        reset_after_fork(self)
-
-    def reset(self) -> None:
-        self.lock = threading.Lock()
-
-
-_registry = _Registry()
-
-
-def _smaller(old: int | None, new: int | None) -> int | None:
-    return old if new is None else new if old is None else min(old, new)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from langchain_aegis.admission import MAX_CONCURRENCY, MAX_WAITING, Admission, admission_for, check_bounds
+from langchain_aegis.admission import Admission
+from langchain_aegis.bounds import MAX_CONCURRENCY, MAX_WAITING, check_bounds
 from langchain_aegis.errors import AegisConfigError
+from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.settings import normalise_base_url
 
 _BOUNDS = ("max_concurrency", "max_waiting", "window_ms", "max_batch", "deadline_s")
@@ -37,6 +41,29 @@ def admission_of(inner: object, *, max_concurrency: int | None = None, max_waiti
     )
 
 
+def admission_for(server: str, *, max_concurrency: int | None = None, max_waiting: int | None = None) -> Admission:
+    """Return the process's one `Admission` for a server, made on first use.
+
+    Args:
+        server: Its address; equal texts are one server.
+        max_concurrency: Slots that this user of the server asks for; the smallest that anybody asked for wins, and
+            4 are used when nobody asks.
+        max_waiting: Likewise, with 100.
+
+    Raises:
+        AegisConfigError: A bound is out of range.
+    """
+    check_bounds(max_concurrency=max_concurrency, max_waiting=max_waiting)
+    with _registry.lock:
+        shared = _registry.servers.get(server)
+        if shared is None or shared.admission.closed:
+            shared = _registry.servers[server] = _Shared(Admission())
+        shared.max_concurrency = _smaller(shared.max_concurrency, max_concurrency)
+        shared.max_waiting = _smaller(shared.max_waiting, max_waiting)
+        shared.admission.limit(max_concurrency=shared.max_concurrency, max_waiting=shared.max_waiting)
+        return shared.admission
+
+
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Check the bounds among a wrapper's arguments.
 
@@ -55,3 +82,27 @@ def _normalised(address: str) -> str | None:
         return normalise_base_url(address)
     except AegisConfigError:
         return None  # whatever it is, its own client will say so
+
+
+@dataclass(slots=True)
+class _Shared:
+    admission: Admission
+    max_concurrency: int | None = None
+    max_waiting: int | None = None
+
+
+class _Registry:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.servers: dict[str, _Shared] = {}
+        reset_after_fork(self)
+
+    def reset(self) -> None:
+        self.lock = threading.Lock()
+
+
+_registry = _Registry()
+
+
+def _smaller(old: int | None, new: int | None) -> int | None:
+    return old if new is None else new if old is None else min(old, new)

@@ -8,8 +8,10 @@ from contextvars import ContextVar, Token
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from langchain_aegis.errors import AegisClosedError, AegisDeadlineError
+from langchain_aegis.bounds import MAX_BATCH
+from langchain_aegis.errors import AegisClosedError, AegisDeadlineError, AegisError
 from langchain_aegis.notices import warn_once
+from langchain_aegis.traits import NO_TRAITS, Priority, Traits
 from langchain_aegis.wakers import Waker, running_loop
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ class State(Enum):
     RUNNING = "running"
     RIDING = "riding"  # inside a call that holds a slot of the same admission already
     EXPIRED = "expired"
+    EVICTED = "evicted"  # refused after all: a call of a tenant with fewer waiting took its place
     CLOSED = "closed"
     LEFT = "left"
 
@@ -30,16 +33,47 @@ class State(Enum):
 class Ticket:
     """One call's place: it waits, then runs, then has left. Made by `Admission.enter`; must be left."""
 
-    __slots__ = ("admission", "bulk", "deadline", "loop", "started", "state", "waker")
+    __slots__ = ("_looked", "admission", "counted", "deadline", "due", "entered", "in_a_row", "kind", "loop",
+                 "max_batch", "passed", "prefix", "refusal", "since", "started", "state", "traits", "waker",
+                 "window_s")  # fmt: skip
 
-    def __init__(self, admission: Admission, state: State, *, bulk: bool, deadline: float | None) -> None:
+    def __init__(
+        self, admission: Admission, state: State, kind: Priority = "interactive", traits: Traits = NO_TRAITS, *,
+        counted: bool = False, deadline: float | None = None, window_s: float = 0.05, max_batch: int = MAX_BATCH,
+    ) -> None:  # fmt: skip
         self.admission = admission
         self.state = state
+        self.kind = kind
+        self.traits = traits
+        self.counted = counted  # against max_waiting
+        self.deadline = deadline
+        self.window_s = window_s
+        self.max_batch = max_batch
         self.loop = running_loop()
         self.waker: Waker | None = None
+        self.refusal: AegisError | None = None
+        self.entered: float | None = None  # when it began to wait
         self.started: float | None = None
-        self.bulk = bulk
-        self.deadline = deadline
+        self.due = 0  # turns of its tenant that come before its own, if each has it as it came
+        self.passed: float | None = None  # when that was over
+        self.prefix: tuple[int, ...] = ()
+        self.in_a_row = 0  # calls before it in its slot that began like it
+        self.since = 0.0  # when the first of those after the first started
+        self._looked = False
+
+    @property
+    def ordered(self) -> bool:
+        """Whether calls may overtake it for what they have in common with others."""
+        return self.window_s > 0
+
+    def look(self) -> None:
+        """Find out how its prompt begins; later calls do nothing. Reads the prompt, so not to be called locked."""
+        if not self._looked and self.ordered:
+            self._looked = True
+            try:
+                self.prefix = self.traits.prefix()
+            except Exception:  # a message of the application's own class: the call loses nothing but its place
+                self.prefix = ()
 
     @property
     def running(self) -> bool:
@@ -116,8 +150,12 @@ class Ticket:
         if state is State.CLOSED:
             self.leave()
             raise AegisClosedError("the call was still waiting when its admission was closed")
+        if state is State.EVICTED and self.refusal is not None:
+            refusal = self.refusal
+            self.leave()
+            raise refusal
         if state is not State.EXPIRED:
-            self.admission._count_expired()
+            self.admission._count_expired(self)
         self.leave()
         raise AegisDeadlineError("the deadline passed while the call waited for a free slot; nothing was sent")
 

@@ -23,7 +23,7 @@ ORDER = [
     "replies", "namespace", "scripts", "store", "connections", "sweeper",
     "attempts", "refusals", "ndjson", "client", "endpoint",
     "traits", "prefixes",
-    "wakers", "tickets", "admission", "bulk", "flights", "calls", "forwarding", "servers",
+    "bounds", "wakers", "tickets", "tallies", "queues", "admission", "bulk", "flights", "calls", "forwarding", "servers",
     "budgets", "embedder", "verifiers", "agreement", "shadow", "reasons", "lookup", "counts", "results",
     "scopes_seen", "cache_options", "reports", "pairs", "calibration", "engine", "performer", "explain",
     "invalidations", "pipelines", "transfer", "control",
