@@ -3,44 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cached_property
 from inspect import signature
 from typing import Any, cast
 
-import orjson
 from langchain_core.caches import BaseCache
-from langchain_core.callbacks import (
-    AsyncCallbackHandler,
-    AsyncCallbackManagerForLLMRun,
-    BaseCallbackHandler,
-    CallbackManagerForLLMRun,
-    Callbacks,
-)
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
 from langchain_core.globals import get_llm_cache
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import RunnableConfig
-from langchain_core.tracers.base import AsyncBaseTracer, BaseTracer
 from pydantic import ConfigDict
 
 from langchain_aegis.admission import Admission, Wait
+from langchain_aegis.bounds import MAX_BATCH, WINDOW_MS
 from langchain_aegis.bulk import Bulk
-from langchain_aegis.calls import Entry, scoped, whose
+from langchain_aegis.calls import Entry, scoped
+from langchain_aegis.copies import whole
 from langchain_aegis.errors import AegisConfigError
-from langchain_aegis.flights import Flights
 from langchain_aegis.forwarding import ForwardingChatModel
-from langchain_aegis.identity import PREFIX
-from langchain_aegis.replays import consulted_by_core
+from langchain_aegis.kept_streams import KeptStream, may_look_up
+from langchain_aegis.merging import chat_flights, key_of, reads_tokens
+from langchain_aegis.prefixes import traits_of_chat
+from langchain_aegis.replays import StreamEntry, consulted_by_core
 from langchain_aegis.scope import ReadAnywhere, current, read_anywhere, seen_config
-from langchain_aegis.servers import admission_of, check_arguments, server_of
+from langchain_aegis.servers import admission_of, check_arguments
+from langchain_aegis.settings import AegisSettings
 from langchain_aegis.stamps import last_lookup
-
-_TRACING_ONLY = ("ls_structured_output_format", "structured_output_format")
-_NOT_SENT = frozenset({"id", "usage_metadata", "artifact"})
-_METADATA_SENT = ("model_provider", "output_version")  # decide how a message is written on the wire
 
 
 class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # LangChain overloads them by literals
@@ -49,19 +42,25 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
     A call beyond the bounds is refused at once with `AegisOverloadedError`, before LangChain does anything for it.
     `.batch`, `.abatch` and their `as_completed` forms wait for their turn instead. Identical concurrent calls make
     one call of the model when a cache applies or the model is deterministic (temperature 0, or a seed), except
-    inside `aegis_scope(cache="off")` or `"refresh"`, with `cache=False`, for items of a batch, and for callers that
-    read tokens. Calls are shared within one event loop, and among sync threads. The model's own `cache` plays no
-    part: give the wrapper one.
+    inside `aegis_scope(cache="off")` or `"refresh"`, with `cache=False`, and for items of a batch. The model's own
+    `cache` plays no part: give the wrapper one. Calls are shared by threads and event loops, streaming ones too: who
+    comes late gets the chunks that there are, then the rest; if the call that is under way does not stream, the whole
+    answer in chunks.
 
-    A call that shares another's runs in an empty context: the model sees tenant, user and task of `aegis_scope`, but
-    no other ContextVar of the caller, and no callbacks.
+    A call that may be shared runs in an empty context: the model sees tenant, user and task of `aegis_scope`, but
+    no other ContextVar of the caller, and no callbacks. If the event loop that makes it is blocked or ends, the
+    others call the model themselves; one that has read a part of the answer gets `AegisStreamError`.
 
     Args:
         inner: The model. All wrappers of one server share its bounds; the smallest that any of them asks for wins.
         max_concurrency: Most calls under way at the server. A streaming call counts until its stream ends.
         max_waiting: Most calls that wait; callers that share a call, and items of batches, do not count.
-        window_ms: How long waiting calls may be collected to be put in a better order, in milliseconds.
-        max_batch: Most calls that are put in order at once; also how many items of a `.batch` wait in the queue.
+        window_ms: 0: waiting calls run first come, first served (fair between tenants). Else those that share a long
+            prefix, a model and runner options are put next to each other while all slots are busy; nothing is ever
+            held back while a slot is free, and no call is overtaken for longer than this, twice a service time, or
+            2 s, whichever is longest. In milliseconds; default `BATCH_WINDOW_MS`, else 50.
+        max_batch: Most calls of one such group in a row while others wait; also how many items of a `.batch` wait in
+            the queue.
         deadline_s: Seconds after which a caller gets `AegisDeadlineError`. A synchronous request that has been sent
             cannot be stopped; it keeps its slot until the model answers.
 
@@ -73,13 +72,17 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
 
     max_concurrency: int = 4
     max_waiting: int = 100
-    window_ms: float = 50.0
-    max_batch: int = 16
+    window_ms: float = WINDOW_MS
+    max_batch: int = MAX_BATCH
     deadline_s: float | None = None
 
     def __init__(self, inner: BaseChatModel, **arguments: Any) -> None:
         if not isinstance(inner, BaseChatModel):
             raise AegisConfigError(f"inner must be a chat model, got {type(inner).__name__}; try batching(x)")
+        settings = AegisSettings.from_env()
+        for name in ("window_ms", "max_batch"):
+            if arguments.get(name) is None:
+                arguments[name] = getattr(settings, name)
         check_arguments(arguments)
         super().__init__(inner, **arguments)
         _ = self.admission  # the server's bounds hold from now on
@@ -172,8 +175,7 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
         if not self._should_stream(async_api=False, **{**kwargs, "stream": True}):
             yield from base
             return
-        entry = self._entry("refuse", config=config)
-        entry.take(None)
+        entry = self._enter(input, stop, kwargs, "refuse", streams=True, blocking=True, config=config)
         try:
             with _within(entry, leave=False):
                 first = next(base, None)
@@ -199,8 +201,7 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
                 async for chunk in base:
                     yield chunk
                 return
-            entry = self._entry("refuse", config=config)
-            entry.take(None)
+            entry = self._enter(input, stop, kwargs, "refuse", streams=True, config=config)
             try:
                 with _within(entry, leave=False):
                     first = await anext(base, None)
@@ -218,8 +219,10 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
         self, messages: list[BaseMessage], stop: list[str] | None = None,
         run_manager: CallbackManagerForLLMRun | None = None, **kwargs: Any,
     ) -> ChatResult:  # fmt: skip
+        if self._streams_inside and reads_tokens(run_manager):
+            return whole(list(self._stream(messages, stop, run_manager, **kwargs)))
         scope = current()
-        entry = self._claim(messages, stop, kwargs, run_manager, blocking=True)
+        entry = self._claim(messages, stop, kwargs, own=reads_tokens(run_manager), blocking=True)
 
         def own() -> ChatResult:
             return self.inner._generate(messages, stop=stop, **self.managed(run_manager), **kwargs)
@@ -234,8 +237,10 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
         self, messages: list[BaseMessage], stop: list[str] | None = None,
         run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any,
     ) -> ChatResult:  # fmt: skip
+        if self._streams_inside and reads_tokens(run_manager):
+            return whole([chunk async for chunk in self._astream(messages, stop, run_manager, **kwargs)])
         scope = current()
-        entry = self._claim(messages, stop, kwargs, run_manager)
+        entry = self._claim(messages, stop, kwargs, own=reads_tokens(run_manager))
 
         async def own() -> ChatResult:
             return await self.inner._agenerate(messages, stop=stop, **self.amanaged(run_manager), **kwargs)
@@ -251,53 +256,120 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
         run_manager: CallbackManagerForLLMRun | None = None, **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:  # fmt: skip
         given = {} if run_manager is None else {"run_manager": run_manager}
-        entry = self._claim(messages, stop, kwargs, None, streams=True)
-        return entry.stream(
-            lambda: self.inner._stream(messages, stop=stop, **given, **kwargs), lambda: self._streaming(entry)
-        )
+        kept, scope = self._kept(messages, stop, kwargs), current()
+        if kept is not None and (hit := kept.lookup()) is not None:
+            yield from hit
+            return
+        entry = self._claim(messages, stop, kwargs, streams=True, blocking=True, kept=kept)
+
+        def shared() -> Iterator[ChatGenerationChunk]:
+            with scoped(scope), consulted_by_core(self.inner):
+                yield from self.inner._stream(messages, stop=stop, **kwargs)
+
+        with contextlib.closing(
+            cast(
+                "Generator[ChatGenerationChunk]",
+                entry.stream(
+                    lambda: self.inner._stream(messages, stop=stop, **given, **kwargs),
+                    lambda: self._streaming(entry, kept),
+                    shared,
+                ),
+            )
+        ) as chunks:
+            for chunk in chunks:
+                if entry.shares and run_manager:
+                    run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                if kept is not None:
+                    kept.add(chunk)
+                yield chunk
+        if kept is not None:
+            kept.store()
 
     async def _astream(
         self, messages: list[BaseMessage], stop: list[str] | None = None,
         run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:  # fmt: skip
         given = {} if run_manager is None else {"run_manager": run_manager}
-        entry = self._claim(messages, stop, kwargs, None, streams=True)
+        kept, scope = self._kept(messages, stop, kwargs), current()
+        if kept is not None and (hit := await kept.alookup()) is not None:
+            for chunk in hit:
+                yield chunk
+            return
+        entry = self._claim(messages, stop, kwargs, streams=True, kept=kept)
+
+        async def shared() -> AsyncIterator[ChatGenerationChunk]:
+            with scoped(scope), consulted_by_core(self.inner):
+                stream = cast("AsyncGenerator[ChatGenerationChunk]", self.inner._astream(messages, stop=stop, **kwargs))
+                async with contextlib.aclosing(stream):
+                    async for chunk in stream:
+                        yield chunk
+
         chunks = entry.astream(
-            lambda: self.inner._astream(messages, stop=stop, **given, **kwargs), lambda: self._streaming(entry)
+            lambda: self.inner._astream(messages, stop=stop, **given, **kwargs),
+            lambda: self._streaming(entry, kept),
+            shared,
         )
         async with contextlib.aclosing(cast("AsyncGenerator[ChatGenerationChunk]", chunks)):
             async for chunk in chunks:
+                if entry.shares and run_manager:
+                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                if kept is not None:
+                    kept.add(chunk)
                 yield chunk
+        if kept is not None:
+            await kept.astore()
 
-    def _entry(self, wait: Wait, **how: Any) -> Entry[ChatResult]:
-        return Entry(self, self.admission, _flights, wait, self.deadline_s, **how)
+    def _entry(
+        self, wait: Wait, prompt: LanguageModelInput, kwargs: Mapping[str, Any], *,
+        config: RunnableConfig | None = None, **how: Any,
+    ) -> Entry[ChatResult]:  # fmt: skip
+        with seen_config(config):
+            traits = traits_of_chat(self.inner, _Messages(self, prompt), kwargs)
+        return Entry(
+            self, self.admission, chat_flights, wait, self.deadline_s,
+            config=config, traits=traits, window_ms=self.window_ms, max_batch=self.max_batch, **how,
+        )  # fmt: skip
 
     def _enter(
         self, prompt: LanguageModelInput, stop: list[str] | None, kwargs: Mapping[str, Any], wait: Wait,
-        **how: Any,
+        *, streams: bool = False, **how: Any,
     ) -> Entry[ChatResult]:  # fmt: skip
         """Take a place for a call, unless a cache may answer it: then it is decided after the lookup."""
-        entry = self._entry(wait, **how)
-        if not (current().cache == "use" and self._has_cache()):
-            entry.take(self._key(prompt, stop, kwargs, entry))
+        entry = self._entry(wait, prompt, kwargs, **how)
+        asks = may_look_up(self) if streams else self._has_cache()
+        if not (asks and current().cache == "use"):
+            entry.take(self._key(prompt, stop, kwargs, entry, None if streams else ""))
         return entry
 
     def _claim(
-        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: Mapping[str, Any],
-        run_manager: Any, *, streams: bool = False, blocking: bool = False,
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: Mapping[str, Any], *,
+        own: bool = False, streams: bool = False, blocking: bool = False, kept: KeptStream | None = None,
     ) -> Entry[ChatResult]:  # fmt: skip
-        """Return what this call took on its way in; calls that came in another way take it now."""
+        """Return what this call took on its way in; calls that came in another way take it now.
+
+        Args:
+            messages: The prompt.
+            stop: As in `invoke`.
+            kwargs: The call's other arguments.
+            own: It cannot be shared.
+            streams: It streams.
+            blocking: It blocks its thread.
+            kept: The cache was asked for it, which is streamed.
+        """
         entry = _entered.get()
         if entry is None or entry.owner is not self or not entry.opened:
-            entry = self._entry("refuse", blocking=blocking)
+            entry = self._entry("refuse", messages, kwargs, blocking=blocking)
         elif entry.claimed:
-            entry = self._entry("queue" if entry.many else "refuse", blocking=blocking)
+            entry = self._entry("queue" if entry.many else "refuse", messages, kwargs, blocking=blocking)
         entry.claimed = True
-        own = streams or _reads_tokens(run_manager)
-        if own:
+        if own or (streams and not self._may_share_streams()):
             entry.take_own()
         elif not entry.decided:
-            entry.take(self._key(messages, stop, kwargs, entry))
+            if kept is not None:
+                looked_up: str | None = kept.stamp
+            else:
+                looked_up = None if streams and StreamEntry.applies(self.inner) else last_lookup()
+            entry.take(self._key(messages, stop, kwargs, entry, looked_up))
         return entry
 
     def _inside(self) -> bool:
@@ -309,47 +381,57 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
         return isinstance(self.cache, BaseCache) or (self.cache is not False and get_llm_cache() is not None)
 
     def _key(
-        self, prompt: LanguageModelInput, stop: list[str] | None, kwargs: Mapping[str, Any], entry: Entry[ChatResult]
-    ) -> tuple[Hashable, ...] | None:
-        """Return what a call must have in common with another to share its answer, or None if it must not."""
-        if not entry.may_share or self.cache is False or current().cache != "use":
-            return None
-        params = self.inner._identifying_params
-        if not (self._has_cache() or _is_deterministic(self.inner, params, kwargs)):
+        self, prompt: LanguageModelInput, stop: list[str] | None, kwargs: Mapping[str, Any],
+        entry: Entry[ChatResult], looked_up: str | None,
+    ) -> tuple[Hashable, ...] | None:  # fmt: skip
+        """Return what makes two calls the same, or None for a call that is not shared.
+
+        Args:
+            prompt: A text, or the messages.
+            stop: As in `invoke`.
+            kwargs: The call's other arguments.
+            entry: The call.
+            looked_up: As in `key_of`.
+        """
+        if not entry.may_share or self.cache is False:
             return None
         if not isinstance(prompt, str):
             prompt = self._convert_input(prompt).to_messages()
-        canonical = _canonical(prompt)
-        if canonical is None or (self.admission.full and not _flights.flies(canonical)):
-            return None  # the second: it will be refused, and that has to be quick
-        asker = whose(entry.config)
-        if asker is None:
-            return None
-        # Whoever was looked up after an invalidation must not join a call that began before it.
-        seen = last_lookup() if self._has_cache() else ""
-        return canonical, self._model_key(params, stop, kwargs), asker, seen
+        has_cache = self._has_cache()
+        return key_of(
+            self.inner, prompt, stop, kwargs, entry,
+            cached=has_cache and looked_up is not None, looked_up=looked_up if has_cache else "",
+        )  # fmt: skip
 
-    def _model_key(self, params: Mapping[str, Any], stop: list[str] | None, kwargs: Mapping[str, Any]) -> Hashable:
-        """Return a value that is equal only for models and options that give the same answers."""
-        sent = {name: value for name, value in kwargs.items() if name not in _TRACING_ONLY} if kwargs else kwargs
-        inner = self.inner
-        if type(inner)._get_llm_string is not BaseChatModel._get_llm_string:
-            named = inner._get_llm_string(stop=stop, **sent)
-            if named.startswith(PREFIX):
-                return server_of(inner), named
-            return id(inner), named
-        # LangChain's form is slow to make and often names no model, so a model is equal to itself only. What may be
-        # set on it between two calls counts too.
-        options = repr(sorted(sent.items())) if sent else ""
-        return id(inner), inner.__dict__.get("model"), repr(params), repr(stop), options
+    def _may_share_streams(self) -> bool:
+        """Whether it is known when the model inside asks a cache for what it streams."""
+        return not isinstance(self.inner, ForwardingChatModel) or not self._has_cache()
+
+    def _kept(
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: Mapping[str, Any]
+    ) -> KeptStream | None:
+        """Return what asks the cache for a streamed call, where the model inside would, and the call may be shared."""
+        if current().cache != "use" or not may_look_up(self):
+            return None
+        entry = _entered.get()
+        mine = entry is not None and entry.owner is self and entry.opened and not entry.claimed
+        if entry is not None and mine and (entry.decided or not entry.may_share):
+            return None
+        return KeptStream(self, messages, stop, kwargs, entry.config if entry is not None and mine else None)
+
+    @cached_property
+    def _streams_inside(self) -> bool:
+        """Whether the model streams in any case, and tells each token to whoever reads them."""
+        ollama = sys.modules.get("langchain_ollama")
+        return ollama is not None and type(self.inner)._generate is ollama.ChatOllama._generate
 
     @contextlib.contextmanager
-    def _streaming(self, entry: Entry[ChatResult]) -> Iterator[None]:
+    def _streaming(self, entry: Entry[ChatResult], kept: KeptStream | None) -> Iterator[None]:
         """Be around each step of a stream: a model that looks into a cache while it streams sees the call's config.
 
-        It looks only where this wrapper would: it and the model have the same `cache`.
+        It looks only where this wrapper would, and has not: it and the model have the same `cache`.
         """
-        same = self.cache is self.inner.cache
+        same = self.cache is self.inner.cache and kept is None
         with seen_config(entry.config), contextlib.nullcontext() if same else consulted_by_core(self.inner):
             yield
 
@@ -380,67 +462,27 @@ def _sent(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if k not in ("tags", "metadata", "run_name", "run_id")}
 
 
-def _is_deterministic(inner: BaseChatModel, params: Mapping[str, Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the model is told to give the same answer every time: temperature 0, or a seed."""
-    options = kwargs.get("options")
-    told = {**options, **kwargs} if isinstance(options, dict) else kwargs
+class _Messages(Sequence[BaseMessage]):
+    """The messages of a prompt, made when they are read."""
 
-    def value(name: str) -> Any:
-        return told[name] if name in told else params.get(name, inner.__dict__.get(name))
+    def __init__(self, model: BatchingChatModel, prompt: LanguageModelInput) -> None:
+        self._model, self._prompt = model, prompt
 
-    temperature = value("temperature")
-    return value("seed") is not None or (
-        isinstance(temperature, (int, float)) and not isinstance(temperature, bool) and temperature == 0
-    )
+    def _made(self) -> list[BaseMessage]:
+        return self._model._convert_input(self._prompt).to_messages()
 
+    def __iter__(self) -> Iterator[BaseMessage]:
+        return iter(self._made())
 
-def _reads_tokens(run_manager: Any) -> bool:
-    """Whether one of the caller's handlers wants each token; tracers only note them."""
-    return run_manager is not None and any(
-        type(handler).on_llm_new_token not in _NOTES_TOKENS and not handler.ignore_llm
-        for handler in run_manager.handlers
-    )
+    def __len__(self) -> int:
+        return len(self._made())
 
-
-def _canonical(prompt: str | Sequence[BaseMessage]) -> bytes | None:
-    """Return what the model sees of `prompt`, or None if that cannot be told exactly.
-
-    Leans to one side: whatever is not known to leave the answer alone makes two prompts different.
-    """
-    if isinstance(prompt, str):
-        return b"human " + prompt.encode("utf-8", "surrogatepass")
-    seen = []
-    for message in prompt:
-        fields = {name: value for name, value in message.__dict__.items() if value and name not in _NOT_SENT}
-        if metadata := fields.pop("response_metadata", None):
-            fields["response_metadata"] = [metadata.get(name) for name in _METADATA_SENT]
-        seen.append([type(message).__name__, fields, message.__pydantic_extra__ or {}])
-    text = prompt[0].content if len(prompt) == 1 else None
-    if isinstance(text, str) and seen == [["HumanMessage", {"content": text, "type": "human"}, {}]]:
-        return _canonical(text)
-    try:
-        return orjson.dumps(seen, option=orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME)
-    except TypeError:  # holds something that JSON cannot say
-        return None
-
-
-def _twin(result: ChatResult) -> ChatResult:
-    """Return an independent copy, whose messages get the id of the run that they are returned to."""
-    twin = result.model_copy(deep=True)
-    for generation in twin.generations:
-        generation.message.id = None
-    return twin
+    def __getitem__(self, index: Any) -> Any:
+        return self._made()[index]
 
 
 # LangChain inspects them with every call; found ready, that costs next to nothing.
 for _method in (BatchingChatModel._generate, BatchingChatModel._agenerate):
     setattr(_method, "__signature__", signature(_method))  # noqa: B010
 
-_flights: Flights[ChatResult] = Flights(_twin)
 _entered: ContextVar[Entry[ChatResult] | None] = ContextVar("aegis_entry", default=None)
-_NOTES_TOKENS = {
-    BaseCallbackHandler.on_llm_new_token,
-    AsyncCallbackHandler.on_llm_new_token,
-    BaseTracer.on_llm_new_token,
-    AsyncBaseTracer.on_llm_new_token,
-}

@@ -14,11 +14,13 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import var_child_runnable_config
 
 from langchain_aegis.admission import Admission, Wait
+from langchain_aegis.bounds import MAX_BATCH, WINDOW_MS
 from langchain_aegis.errors import AegisConfigError, AegisDeadlineError
-from langchain_aegis.flights import Flights, Seat
+from langchain_aegis.flights import Flights, LostFlightError, Seat
 from langchain_aegis.scope import Scope, aegis_scope, current, seen_config, who
 from langchain_aegis.settings import AegisSettings
-from langchain_aegis.tickets import Ticket
+from langchain_aegis.tickets import Ticket, held_tickets
+from langchain_aegis.traits import NO_TRAITS, Traits
 from langchain_aegis.wakers import running_loop
 
 OF_A_RUN = ("__", "checkpoint", "thread_id")  # names in `configurable` that differ from run to run of a graph
@@ -33,16 +35,20 @@ class Entry(Generic[T]):
     Args:
         admission: Whose slots it needs.
         flights: Where identical calls meet.
-        wait: "refuse" when the queue is full, or "queue" (items of a batch).
+        wait: As in `Admission.enter`.
         deadline_s: Seconds from now until which the answer must be complete, or None.
         many: Stands for several prompts; only the first one uses it.
         blocking: Made by a synchronous call; inside a running event loop it must not wait for another's call, which
             that loop may have to finish.
         config: The call's own config, which LangChain shows to nobody.
+        may_share: Whether it may share a flight; by default a call that is refused rather than queued.
+        traits: What is known of the call; decides about its turn.
+        window_ms: As in `Admission.enter`.
+        max_batch: As in `Admission.enter`.
     """
 
-    __slots__ = ("_chunks", "_seat", "_ticket", "admission", "claimed", "config", "deadline", "flights", "many",
-                 "may_share", "opened", "owner", "wait")  # fmt: skip
+    __slots__ = ("_chunks", "_order", "_seat", "_ticket", "admission", "claimed", "config", "deadline", "flights",
+                 "many", "may_share", "opened", "owner", "traits", "wait")  # fmt: skip
 
     def __init__(
         self,
@@ -55,6 +61,10 @@ class Entry(Generic[T]):
         many: bool = False,
         blocking: bool = False,
         config: RunnableConfig | None = None,
+        may_share: bool | None = None,
+        traits: Traits = NO_TRAITS,
+        window_ms: float = WINDOW_MS,
+        max_batch: int = MAX_BATCH,
     ) -> None:
         self.owner = owner
         self.admission = admission
@@ -62,7 +72,15 @@ class Entry(Generic[T]):
         self.wait: Wait = wait
         self.deadline = None if deadline_s is None else time.monotonic() + deadline_s
         self.many = many
-        self.may_share = wait == "refuse" and not many and not (blocking and running_loop() is not None)
+        self.may_share = (
+            (wait == "refuse" if may_share is None else may_share)
+            and not many
+            and not (blocking and running_loop() is not None)
+            # Inside a call that holds a slot, waiting for a call that needs one could last for ever.
+            and not any(ticket.admission is admission for ticket in held_tickets.get())
+        )
+        self.traits = traits
+        self._order = (window_ms, max_batch)
         self.config = config
         self.claimed = False  # the call has reached the model
         self.opened = True
@@ -75,6 +93,11 @@ class Entry(Generic[T]):
         """Whether a ticket or a seat was taken."""
         return self._ticket is not None or self._seat is not None
 
+    @property
+    def shares(self) -> bool:
+        """Whether it has a seat: what it gets, others may get too."""
+        return self._seat is not None and self._ticket is None
+
     def take(self, key: tuple[Hashable, ...] | None) -> None:
         """Take a seat in the flight for `key`, or a ticket if it is None; raises `AegisOverloadedError` at once.
 
@@ -84,6 +107,8 @@ class Entry(Generic[T]):
             self._ticket = self._enter(self.wait)
         else:
             self._seat = self.flights.board(key, self._enter_flight, key[0])
+            if self._seat.joins:
+                self.admission.merged(self.traits)
 
     def take_own(self) -> None:
         """Have a ticket instead of a seat: for a call that nobody can share."""
@@ -130,15 +155,24 @@ class Entry(Generic[T]):
             self.leave()
 
     def stream(
-        self, start: Callable[[], Iterator[C]], around: Callable[[], AbstractContextManager[object]] = nullcontext
-    ) -> Iterator[C]:
+        self, start: Callable[[], Iterator[C]], around: Callable[[], AbstractContextManager[object]] = nullcontext,
+        shared_start: Callable[[], Iterator[C]] | None = None,
+    ) -> Iterator[C]:  # fmt: skip
         """Yield what `start()` yields; the slot is held until the end, an error, or the consumer's leaving.
 
         Args:
             start: Opens the stream.
             around: Makes a context in which each step runs; the consumer never sees it.
+            shared_start: Opens it for everybody, in an empty context; used with a seat.
         """
         try:
+            if self._seat is not None and shared_start is not None:
+                self._chunks = self._seat.stream(shared_start, self.deadline)
+                try:
+                    yield from self._chunks
+                    return
+                except LostFlightError as lost:
+                    self._ticket = self._seat.own_ticket(lost)
             ticket = self._own_ticket()
             ticket.wait()
             with ticket.held(), around():
@@ -156,10 +190,20 @@ class Entry(Generic[T]):
             self.close()
 
     async def astream(
-        self, start: Callable[[], AsyncIterator[C]], around: Callable[[], AbstractContextManager[object]] = nullcontext
-    ) -> AsyncIterator[C]:
+        self, start: Callable[[], AsyncIterator[C]],
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+        shared_start: Callable[[], AsyncIterator[C]] | None = None,
+    ) -> AsyncIterator[C]:  # fmt: skip
         """As `stream`, for an asynchronous stream."""
         try:
+            if self._seat is not None and shared_start is not None:
+                shared = self._chunks = self._seat.astream(shared_start, self.deadline)
+                try:
+                    async for chunk in shared:
+                        yield chunk
+                    return
+                except LostFlightError as lost:
+                    self._ticket = self._seat.own_ticket(lost)
             ticket = self._own_ticket()
             await ticket.await_()
             with ticket.held(), around():
@@ -202,11 +246,17 @@ class Entry(Generic[T]):
             self.leave()
 
     def _enter(self, wait: Wait) -> Ticket:
-        return self.admission.enter(wait=wait, deadline=self.deadline)
+        return self._ticket_at(wait, self.deadline)
 
     def _enter_flight(self, wait: Wait) -> Ticket:
         # Without this caller's deadline: others may join who have more time. It leaves its seat when it is over.
-        return self.admission.enter(wait=wait)
+        return self._ticket_at(wait, None)
+
+    def _ticket_at(self, wait: Wait, deadline: float | None) -> Ticket:
+        window_ms, max_batch = self._order
+        return self.admission.enter(
+            wait=wait, deadline=deadline, traits=self.traits, window_ms=window_ms, max_batch=max_batch
+        )
 
     def _own_ticket(self) -> Ticket:
         if self._ticket is None:

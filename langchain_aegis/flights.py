@@ -1,54 +1,70 @@
 """Identical calls that are made at the same time share one call.
 
-A flight is that one call. It belongs to nobody: it runs in an empty context, as a task of its own in an event loop,
-and on the opening caller's thread otherwise (on a thread of its own when that caller has a deadline and may leave).
-Flights are shared within one event loop, and among the threads that run none; two loops never share one, so the end
-of a loop ends nobody else's call.
+The shared call (a `Flight`) belongs to nobody: it runs in an empty context, as a task of its own in an event loop, and
+otherwise on the thread of whoever starts it (on a thread of its own when that caller has a deadline and may leave).
+Threads and event loops share flights with each other. Whoever waits for another event loop asks it for a sign of life
+now and then, and makes the call itself if there is none: that loop may be waiting for this very caller.
 """
 
 from __future__ import annotations
 
 import asyncio
-import copy
 import threading
 import time
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Hashable, Iterator
 from contextvars import Context
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from langchain_aegis.admission import Wait
-from langchain_aegis.errors import AegisDeadlineError
+from langchain_aegis.broadcasts import Flight, Forms, Source, own_error
+from langchain_aegis.errors import AegisDeadlineError, AegisStreamError
 from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.tickets import Ticket
 from langchain_aegis.wakers import Waker, running_loop
 
+__all__ = ["Flights", "LostFlightError", "Seat", "own_error"]
+
 T = TypeVar("T")
 Enter = Callable[[Wait], Ticket]
+
+
+class LostFlightError(Exception):
+    """The shared call came to nothing: its event loop ended or is blocked. Nothing of it was handed out.
+
+    Args:
+        blocked: It may still hold its slot, and wait for whoever is told this.
+    """
+
+    def __init__(self, *, blocked: bool) -> None:
+        super().__init__("the call that was shared is lost")
+        self.blocked = blocked
 
 
 class Flights(Generic[T]):
     """The flights that can be joined now.
 
     Args:
-        twin: Returns an independent copy of a result, for each caller but a lone one.
+        forms: How answers are copied for each caller but a lone one, and streamed.
     """
 
-    def __init__(self, twin: Callable[[T], T] = copy.deepcopy) -> None:
-        self.twin = twin
-        # Re-entrant: a finaliser may leave a seat while its own thread boards.
-        self.lock = threading.RLock()
-        self._open: dict[asyncio.AbstractEventLoop | None, dict[Hashable, Flight[T]]] = {}
-        self._asked: dict[Hashable, int] = {}
+    def __init__(self, forms: Forms[T] | None = None) -> None:
+        self.forms: Forms[T] = Forms() if forms is None else forms
+        self.reset()
         reset_after_fork(self)
 
     def __len__(self) -> int:
-        """Return how many flights can be joined, over all loops and threads."""
-        with self.lock:
-            return sum(map(len, self._open.values()))
+        """Return how many flights can be joined."""
+        return len(self._open)
 
     def __deepcopy__(self, memo: object) -> Flights[T]:
         """A copied model still shares its calls."""
         return self
+
+    @property
+    def seats(self) -> int:
+        """How many callers share the flights that can be joined."""
+        with self.lock:
+            return sum(flight.seats for flight in self._open.values())
 
     def flies(self, asked: Hashable) -> bool:
         """Whether any flight was opened with `asked`: a quick look, before a key is made."""
@@ -65,190 +81,67 @@ class Flights(Generic[T]):
         Returns:
             This caller's seat; it must be left.
         """
-        place = running_loop()
         with self.lock:
-            flight = self._open.get(place, {}).get(key)
-            if flight is None or flight.closed:
+            flight = self._open.get(key)
+            if flight is not None and flight.place is not None and flight.place.is_closed():
+                self._bury(flight)
+                flight = None
+            joins = flight is not None
+            if flight is None:
                 ticket = enter("refuse")
-                if place not in self._open:
-                    self._forget_closed_loops()
-                flight = Flight(self, place, key, ticket, asked)
-                self._open.setdefault(place, {})[key] = flight
+                if (loop := running_loop()) not in self._loops:
+                    for gone in [f for f in self._open.values() if f.place is not None and f.place.is_closed()]:
+                        self._bury(gone)
+                    self._loops.intersection_update(f.place for f in self._open.values())
+                    self._loops.add(loop)
+                flight = Flight(self.lock, self.forms, self._forget, key, asked, ticket)
+                self._open[key] = flight
                 self._asked[asked] = self._asked.get(asked, 0) + 1
             else:
                 flight.shared = True
             flight.seats += 1
-            return Seat(flight, enter)
+            return Seat(flight, enter, joins=joins)
 
     def alone(self, ticket: Ticket, enter: Enter) -> Seat[T]:
         """Return the only seat of a flight that cannot be joined."""
-        flight = Flight(self, running_loop(), None, ticket, None)
-        flight.seats = 1
+        flight = Flight(self.lock, self.forms, self._forget, None, None, ticket)
+        flight.closed, flight.seats = True, 1
         return Seat(flight, enter)
-
-    def close(self, flight: Flight[T]) -> None:
-        """Let nobody join `flight` any more."""
-        with self.lock:
-            flight.closed = True
-            here = self._open.get(flight.place, {})
-            if here.get(flight.key) is flight:
-                del here[flight.key]
-                self._forget(flight)
-                if not here:
-                    del self._open[flight.place]
 
     def reset(self) -> None:
         """Drop every flight: in the child of a fork they are somebody else's."""
+        # Re-entrant: a finaliser may leave a seat while its own thread boards.
         self.lock = threading.RLock()
-        self._open = {}
-        self._asked = {}
+        self._open: dict[Hashable, Flight[T]] = {}
+        self._asked: dict[Hashable, int] = {}
+        self._loops: set[asyncio.AbstractEventLoop | None] = set()  # where flights were opened, as far as looked
 
     def _forget(self, flight: Flight[T]) -> None:
-        self._asked[flight.asked] -= 1
-        if not self._asked[flight.asked]:
-            del self._asked[flight.asked]
+        if self._open.get(flight.key) is flight:
+            del self._open[flight.key]
+            self._asked[flight.asked] -= 1
+            if not self._asked[flight.asked]:
+                del self._asked[flight.asked]
 
-    def _forget_closed_loops(self) -> None:
-        for loop in [loop for loop in self._open if loop is not None and loop.is_closed()]:
-            for flight in self._open.pop(loop).values():
-                flight.closed = True
-                self._forget(flight)
-                flight.ticket.leave()
-
-
-class Flight(Generic[T]):
-    """One call that several callers wait for."""
-
-    __slots__ = ("asked", "closed", "error", "flights", "key", "landed", "place", "result", "seats", "shared",
-                 "started", "taken", "task", "ticket", "wakers")  # fmt: skip
-
-    def __init__(
-        self,
-        flights: Flights[T],
-        place: asyncio.AbstractEventLoop | None,
-        key: Hashable,
-        ticket: Ticket,
-        asked: Hashable,
-    ) -> None:
-        self.flights = flights
-        self.place = place
-        self.key = key
-        self.asked = asked
-        self.ticket = ticket
-        self.seats = 0
-        self.shared = False  # more than one caller took a seat, ever
-        self.started = False
-        self.closed = False  # nobody can join
-        self.landed = False  # it has an outcome
-        self.taken = False  # somebody has the result itself, not a copy
-        self.result: T | None = None
-        self.error: BaseException | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.wakers: set[Waker] = set()
-
-    def claim(self) -> bool:
-        """Return True to the one caller that has to start the call."""
-        with self.flights.lock:
-            mine, self.started = not self.started, True
-            return mine
-
-    def fly(self, work: Callable[[], T]) -> None:
-        """Make the call; returns when it has ended, with its outcome kept."""
-        try:
-            self.ticket.wait()
-            with self.ticket.held():
-                result = work()
-        except Exception as exc:  # whatever it was, each caller gets it
-            self._land(None, exc)
-        except BaseException as exc:  # an interrupt of this thread: the others make the call themselves
-            self._land(None, exc)
-            raise
-        else:
-            self._land(result, None)
-        finally:
-            self.ticket.leave()
-
-    async def afly(self, work: Callable[[], Awaitable[T]]) -> None:
-        """The same in an event loop; runs as a task of its own."""
-        try:
-            await self.ticket.await_()
-            with self.ticket.held():
-                result = await work()
-        except Exception as exc:  # whatever it was, each caller gets it
-            self._land(None, exc)
-        except BaseException as exc:  # cancelled: by the last caller's leaving, or from outside
-            self._land(None, exc)
-            raise
-        else:
-            self._land(result, None)
-        finally:
-            self.ticket.leave()
-
-    def end(self, task: asyncio.Task[None]) -> None:
-        """Clean up after a task that was cancelled before its first step: nothing of it ran."""
-        if not self.landed:
-            self._land(None, asyncio.CancelledError())
-            self.ticket.leave()
-
-    def _land(self, result: T | None, error: BaseException | None) -> None:
-        with self.flights.lock:
-            self.flights.close(self)
-            self.result, self.error, self.landed = result, error, True
-            wakers, self.wakers = self.wakers, set()
-        for waker in wakers:
-            waker.wake()
-
-    def wait_for(self, waker: Waker) -> bool:
-        """Have `waker` woken at the end; False when that has come already."""
-        with self.flights.lock:
-            if not self.landed:
-                self.wakers.add(waker)
-            return not self.landed
-
-    def leave(self) -> None:
-        """One caller goes; the last one's leaving stops the call as far as it can be stopped."""
-        with self.flights.lock:
-            self.seats -= 1
-            if self.seats or self.landed:
-                return
-            self.flights.close(self)  # before the cancel: nobody joins a dying flight
-        if not self.started:
-            self.ticket.leave()
-        elif self.place is None:
-            self.ticket.expire()
-        elif self.task is not None and not self.place.is_closed():
-            if running_loop() is self.place:
-                self.task.cancel()
-            else:
-                self.place.call_soon_threadsafe(self.task.cancel)
-
-    def outcome(self) -> tuple[bool, T | None]:
-        """Return True with one caller's own result, or raise its own error; False when the call was lost."""
-        if self.error is not None:
-            if not isinstance(self.error, Exception):
-                return False, None
-            if not self.shared:
-                raise self.error
-            raise own_error(self.error) from self.error
-        if not self.shared:
-            return True, self.result
-        try:
-            return True, self.flights.twin(self.result)  # type: ignore[arg-type]
-        except Exception:  # a result of any type that cannot be copied: one caller has it, the others call again
-            with self.flights.lock:
-                first, self.taken = not self.taken, True
-            return first, self.result
+    def _bury(self, flight: Flight[T]) -> None:
+        flight.close()
+        flight.ticket.leave()
 
 
 class Seat(Generic[T]):
-    """One caller's share of a flight."""
+    """One caller's share of a flight.
 
-    __slots__ = ("_enter", "_flight", "_left")
+    Attributes:
+        joins: Another caller opened the flight.
+    """
 
-    def __init__(self, flight: Flight[T], enter: Enter) -> None:
+    __slots__ = ("_enter", "_flight", "_left", "joins")
+
+    def __init__(self, flight: Flight[T], enter: Enter, *, joins: bool = False) -> None:
         self._flight = flight
         self._enter = enter
         self._left = False
+        self.joins = joins
 
     def result(self, work: Callable[[], T], deadline: float | None = None, context: Context | None = None) -> T:
         """Wait for the call's result, after starting it if nobody has; leaves the seat.
@@ -271,19 +164,18 @@ class Seat(Generic[T]):
                     threading.Thread(
                         target=context.run, args=(flight.fly, work), name="aegis-flight", daemon=True
                     ).start()
-            if not flight.landed and flight.wait_for(waker := Waker(None)):
-                waker.wait(_remaining_s(deadline))
-                self._check_landed(waker)
-            known, result = flight.outcome()
-            if not known:
-                ticket = self._enter("queue")
-                try:
-                    ticket.wait()
-                    with ticket.held():
-                        return Context().run(work)
-                finally:
-                    ticket.leave()
-            return result  # type: ignore[return-value]
+            try:
+                while not flight.landed:
+                    self._wait(deadline, None)
+                return self._own_result()
+            except LostFlightError as lost:
+                ticket = self.own_ticket(lost)
+            try:
+                ticket.wait()
+                with ticket.held():
+                    return Context().run(work)
+            finally:
+                ticket.leave()
         finally:
             self.leave()
 
@@ -293,26 +185,87 @@ class Seat(Generic[T]):
         try:
             loop = asyncio.get_running_loop()
             if flight.claim():
-                flight.task = loop.create_task(flight.afly(work), context=Context())
-                flight.task.add_done_callback(flight.end)
-            if not flight.landed and flight.wait_for(waker := Waker(loop)):
-                try:
-                    await waker.await_(_remaining_s(deadline))
-                finally:
-                    flight.wakers.discard(waker)
-                self._check_landed(waker)
-            known, result = flight.outcome()
-            if not known:
-                ticket = self._enter("queue")
-                try:
-                    await ticket.await_()
-                    with ticket.held():
-                        return await loop.create_task(_call(work), context=Context())
-                finally:
-                    ticket.leave()
-            return result  # type: ignore[return-value]
+                self._start(loop, work)
+            try:
+                while not flight.landed:
+                    await self._await(loop, deadline, None)
+                return self._own_result()
+            except LostFlightError as lost:
+                ticket = self.own_ticket(lost)
+            try:
+                await ticket.await_()
+                with ticket.held():
+                    return await loop.create_task(_call(work), context=Context())
+            finally:
+                ticket.leave()
         finally:
             self.leave()
+
+    def stream(self, start: Callable[[], Iterator[Any]], deadline: float | None = None) -> Generator[Any]:
+        """Yield the call's chunks, each a copy of this caller's own, from the first one on; leaves the seat.
+
+        Args:
+            start: Opens the stream, on whoever's thread; used by whoever comes first.
+            deadline: Time of `time.monotonic()` at which this caller leaves.
+
+        Raises:
+            LostFlightError: The call was lost before there was a chunk; nothing was yielded.
+            AegisStreamError: It was lost later.
+            AegisDeadlineError: The deadline passed; the call goes on while others wait for it.
+            Exception: What the call raised, as an instance of this caller's own.
+        """
+        flight, seen = self._flight, 0
+        try:
+            flight.claim(streams=True, source=Source(start))
+            while True:
+                for chunk in self._chunks_from(seen):
+                    seen += 1
+                    yield chunk
+                if flight.landed and seen >= len(flight.chunks or ()):
+                    break
+                if flight.begin_pull():
+                    flight.pull()
+                    if deadline is not None and time.monotonic() >= deadline:
+                        raise AegisDeadlineError(_LATE)
+                elif not flight.landed:
+                    self._wait(deadline, seen)
+            if flight.chunks is None:
+                yield from self._pieces()
+            elif not flight.outcome():
+                raise LostFlightError(blocked=False)
+        except LostFlightError as lost:
+            self._give_up(lost, seen)
+        finally:
+            self.leave()
+
+    async def astream(
+        self, start: Callable[[], AsyncIterator[Any]], deadline: float | None = None
+    ) -> AsyncGenerator[Any]:
+        """As `stream`, in an event loop."""
+        flight, seen = self._flight, 0
+        loop = asyncio.get_running_loop()
+        try:
+            if flight.claim(streams=True):
+                self._start(loop, lambda: flight.apump(start))
+            while True:
+                for chunk in self._chunks_from(seen):
+                    seen += 1
+                    yield chunk
+                if not flight.landed:
+                    await self._await(loop, deadline, seen)
+                elif seen >= len(flight.chunks or ()):
+                    break
+            if flight.chunks is None:
+                for chunk in self._pieces():
+                    yield chunk
+            elif not flight.outcome():
+                raise LostFlightError(blocked=False)
+        except LostFlightError as lost:
+            self._give_up(lost, seen)
+        finally:
+            self.leave()
+            if not flight.seats and flight.task is not None and flight.place is loop:
+                await asyncio.wait([flight.task])  # the model's stream is closed when this one is
 
     def leave(self) -> None:
         """Give the seat up; later calls do nothing."""
@@ -323,42 +276,113 @@ class Seat(Generic[T]):
     def detach(self) -> Ticket | None:
         """Leave the flight; returns its ticket if nobody else has a seat and it has not started."""
         flight = self._flight
-        with flight.flights.lock:
+        with flight.lock:
             if self._left or flight.started or flight.seats > 1:
                 ticket = None
             else:
                 ticket = flight.ticket
                 flight.landed = True  # so that leaving does not give the ticket back
-                flight.flights.close(flight)
+                flight.close()
         self.leave()
         return ticket
 
-    def _check_landed(self, waker: Waker) -> None:
-        if not self._flight.landed:
-            self._flight.wakers.discard(waker)
-            raise AegisDeadlineError("the deadline passed before the answer was complete")
+    def own_ticket(self, lost: LostFlightError) -> Ticket:
+        """Return a ticket for making a call alone that was lost for all."""
+        ticket = self._enter("patient")
+        if lost.blocked:
+            # Slots may be held by calls of the loop that is blocked, maybe until this very call has ended.
+            ticket.admission._overrun(ticket)
+        return ticket
+
+    def _start(self, loop: asyncio.AbstractEventLoop, work: Callable[[], Awaitable[T | None]]) -> None:
+        flight = self._flight
+        task = loop.create_task(flight.afly(work), context=Context())
+        flight.task = task
+        task.add_done_callback(flight.end)
+
+    def _chunks_from(self, seen: int) -> Iterator[Any]:
+        flight = self._flight
+        while flight.chunks is not None and seen < len(flight.chunks):
+            yield flight.forms.copy_chunk(flight.chunks[seen], not self.joins)
+            seen += 1
+
+    def _own_result(self) -> T:
+        if not self._flight.outcome():
+            raise LostFlightError(blocked=False)
+        known, result = self._flight.own_result()
+        if not known:
+            raise LostFlightError(blocked=False)
+        return result  # type: ignore[return-value]
+
+    def _pieces(self) -> list[Any]:
+        """Return an answer that was not streamed as chunks."""
+        pieces = self._flight.forms.pieces
+        found = None if pieces is None else pieces(self._own_result())
+        if found is None:
+            raise LostFlightError(blocked=False)
+        return found
+
+    def _give_up(self, lost: LostFlightError, seen: int) -> None:
+        if not seen:
+            raise lost
+        chunks = (self._flight.chunks or ())[:seen]
+        raise AegisStreamError(
+            "the answer broke off: it was shared with a caller whose event loop has ended or is blocked. Ask again",
+            partial="".join(str(getattr(chunk, "text", "")) for chunk in chunks),
+        ) from lost
+
+    def _wait(self, deadline: float | None, seen: int | None) -> None:
+        """Block until the flight has landed, or has more than `seen` chunks, or can be read on by this thread."""
+        flight, waker = self._flight, Waker(None)
+        if flight.source is not None and seen is None:
+            flight.have_pumped()
+        if flight.place is not None and flight.place is running_loop():
+            raise LostFlightError(blocked=True)  # this thread would have to finish it
+        if not flight.wait_for(waker, seen):
+            return
+        try:
+            while not waker.woken:
+                waker.wait(self._patience_s(deadline, None))
+                if not waker.woken:
+                    self._check(deadline, None)
+        finally:
+            flight.unwait(waker)
+
+    async def _await(self, loop: asyncio.AbstractEventLoop, deadline: float | None, seen: int | None) -> None:
+        """As `_wait`, in an event loop, which never reads a blocking stream by itself."""
+        flight, waker = self._flight, Waker(loop)
+        if flight.source is not None:
+            flight.have_pumped()
+        if not flight.wait_for(waker, seen):
+            return
+        try:
+            while not waker.woken:
+                await waker.await_(self._patience_s(deadline, loop))
+                if not waker.woken:
+                    self._check(deadline, loop)
+        finally:
+            flight.unwait(waker)
+
+    def _patience_s(self, deadline: float | None, here: asyncio.AbstractEventLoop | None) -> float | None:
+        """Return for how long to wait before looking whether that still makes sense."""
+        flight = self._flight
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if flight.pulse is None or flight.place is here:
+            return left
+        due = flight.pulse.due_s()
+        return due if left is None else min(due, left)
+
+    def _check(self, deadline: float | None, here: asyncio.AbstractEventLoop | None) -> None:
+        flight = self._flight
+        if deadline is not None and time.monotonic() >= deadline:
+            raise AegisDeadlineError(_LATE)
+        if flight.pulse is not None and flight.place is not here and flight.pulse.stopped():
+            flight.close()  # nobody else shall wait for it
+            raise LostFlightError(blocked=True)
+
+
+_LATE = "the deadline passed before the answer was complete"
 
 
 async def _call(work: Callable[[], Awaitable[T]]) -> T:
     return await work()
-
-
-def _remaining_s(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.0, deadline - time.monotonic())
-
-
-def own_error(error: Exception) -> Exception:
-    """Return another instance of `error`, or `error` itself if its class makes none."""
-    try:
-        twin = copy.copy(error)
-    except Exception:  # a constructor with other arguments than `args`
-        try:
-            twin = type(error).__new__(type(error), *error.args)
-            twin.__dict__.update(error.__dict__)
-        except Exception:  # an extension type without a constructor
-            return error
-    if type(twin) is not type(error) or str(twin) != str(error):
-        return error
-    if notes := getattr(error, "__notes__", None):
-        twin.__notes__ = list(notes)
-    return twin

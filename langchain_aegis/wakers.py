@@ -17,15 +17,22 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 class Waker:
     """Wakes a thread (`loop=None`) or a coroutine of `loop`; never resolves a future from a foreign thread."""
 
-    __slots__ = ("_event", "_future", "_loop")
+    __slots__ = ("_event", "_future", "_loop", "woken")
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
         self._loop = loop
         self._future: asyncio.Future[None] | None = None if loop is None else loop.create_future()
         self._event = threading.Event() if loop is None else None
+        self.woken = False  # by `wake`, not by a timeout
+
+    @property
+    def blocks(self) -> bool:
+        """Whether a thread waits, not a coroutine."""
+        return self._loop is None
 
     def wake(self) -> None:
         """Wake it; raises RuntimeError when its loop is closed."""
+        self.woken = True
         if self._event is not None:
             self._event.set()
         elif self._loop is not None:
@@ -39,14 +46,16 @@ class Waker:
             self._future.set_result(None)
 
     def wait(self, timeout_s: float | None) -> None:
-        """Block this thread until woken, or for `timeout_s` seconds."""
+        """Block this thread until woken, or for `timeout_s` seconds; may be called again after that."""
         if self._event is not None:
             self._event.wait(None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX))
 
     async def await_(self, timeout_s: float | None) -> None:
         """Suspend this coroutine until woken, or for `timeout_s` seconds; it must run in the waker's loop."""
-        if self._loop is None or self._future is None:
+        if self._loop is None or self._future is None or self.woken:
             return
+        if self._future.done():  # an earlier timeout
+            self._future = self._loop.create_future()
         timer = None if timeout_s is None else self._loop.call_later(timeout_s, self._resolve)
         try:
             await self._future

@@ -40,14 +40,13 @@ from langchain_aegis import (
     BatchingRunnable,
     aegis_scope,
     batching,
-    batching_chat,
 )
+from langchain_aegis.merging import chat_flights
 from langchain_aegis.replays import StreamEntry
 from langchain_aegis.scope import who as who_asks
 
 LONG_S = 20.0
 
-_flights = batching_chat._flights
 who = contextvars.ContextVar("who", default="nobody")
 
 
@@ -377,8 +376,7 @@ async def test_what_is_deterministic_and_equal_makes_one_call(arguments, first, 
 
 
 def seats(wrapper):
-    with _flights.lock:
-        return sum(f.seats for here in _flights._open.values() for f in here.values())
+    return chat_flights.seats
 
 
 async def merged(ask, *others, gate):

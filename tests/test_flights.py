@@ -334,31 +334,39 @@ def test_an_interrupted_thread_does_not_take_the_others_down(bound):
     assert idle(flights, bound)
 
 
-def test_two_loops_and_the_threads_do_not_share(bound):
-    """The end of a loop ends nobody else's call."""
-    flights, work = Flights(), []
-    together = threading.Barrier(3)
+def test_two_loops_and_three_threads_share_one_call(bound):
+    """Whoever comes first makes it; each of the others has a result of its own."""
+    flights, calls, boarded, go = Flights(), [], threading.Semaphore(0), threading.Event()
+
+    def board():
+        seat = flights.board("k", lambda wait: bound.enter(wait=wait))
+        boarded.release()
+        return seat
 
     async def acall():
         async def make():
-            work.append(1)
-            await asyncio.to_thread(together.wait, LONG_S)
-            return 1
+            calls.append(1)
+            await asyncio.to_thread(go.wait, LONG_S)
+            return ["answer"]
 
-        return await join(flights, Admission(3, 3), make)
+        return await board().aresult(make)
 
     def call():
         def make():
-            work.append(1)
-            together.wait(LONG_S)
-            return 1
+            calls.append(1)
+            assert go.wait(LONG_S)
+            return ["answer"]
 
-        return flights.board("k", lambda wait: bound.enter(wait=wait)).result(make)
+        return board().result(make)
 
-    with ThreadPoolExecutor(3) as pool:
-        futures = [pool.submit(asyncio.run, acall()) for _ in range(2)] + [pool.submit(call)]
-        assert [f.result(LONG_S) for f in futures] == [1, 1, 1]
-    assert len(work) == 3
+    with ThreadPoolExecutor(5) as pool:
+        futures = [pool.submit(asyncio.run, acall()) for _ in range(2)] + [pool.submit(call) for _ in range(3)]
+        assert all(boarded.acquire(timeout=LONG_S) for _ in range(5))
+        go.set()
+        results = [f.result(LONG_S) for f in futures]
+    assert results == [["answer"]] * 5
+    assert len({id(r) for r in results}) == 5
+    assert len(calls) == 1
     assert idle(flights, bound)
 
 

@@ -26,7 +26,7 @@ from langchain_aegis import (
     batching,
     was_cached,
 )
-from langchain_aegis.batching_chat import _flights
+from langchain_aegis.merging import chat_flights
 
 QUESTION, PARAPHRASE = "How long may I keep a book?", "How long can I keep a book?"
 WHOSE = {"tenant": "acme", "user": "ann", "task": "faq"}
@@ -406,8 +406,8 @@ def callers_of(model, way):
 
 def callers():
     """How many callers share each generation that is under way."""
-    with _flights.lock:
-        return [flight.seats for flights in _flights._open.values() for flight in flights.values()]
+    with chat_flights.lock:
+        return [flight.seats for flight in chat_flights._open.values()]
 
 
 async def until(true):

@@ -1,0 +1,111 @@
+"""Ask LangChain's cache for a streamed call before it shares another's, and keep what was streamed.
+
+Models that ask a cache while they stream do so when the stream begins. A caller that joins a stream has to ask first:
+what the cache says decides whose stream it may join.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.caches import BaseCache
+from langchain_core.globals import get_llm_cache
+from langchain_core.language_models._utils import _update_message_content_to_blocks
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk
+
+from langchain_aegis.copies import twin_of_chunk, whole
+from langchain_aegis.forwarding import ForwardingChatModel
+from langchain_aegis.replays import StreamEntry, as_chunks
+from langchain_aegis.stamps import last_lookup
+
+if TYPE_CHECKING:
+    from langchain_core.runnables import RunnableConfig
+
+
+def may_look_up(wrapper: ForwardingChatModel) -> bool:
+    """Whether the model inside asks a cache while it streams, and the wrapper may do that in its place."""
+    hits = sys.modules.get("langchain_aegis.hits")  # not loaded: then it is no such model
+    inner = wrapper.inner
+    return (
+        hits is not None
+        and isinstance(inner, hits.CachedChat)
+        and wrapper.cache is inner.cache
+        and wrapper.cache is not False
+        and StreamEntry.applies(inner)
+        and _cache_of(wrapper) is not None
+    )
+
+
+def _cache_of(wrapper: ForwardingChatModel) -> BaseCache | None:
+    return wrapper.cache if isinstance(wrapper.cache, BaseCache) else get_llm_cache()
+
+
+class KeptStream:
+    """One streamed call of a wrapper, in LangChain's cache.
+
+    Args:
+        wrapper: One for which `may_look_up` is true.
+        messages: The prompt.
+        stop: As in `invoke`.
+        kwargs: The call's other arguments.
+        config: The call's own config.
+    """
+
+    def __init__(
+        self,
+        wrapper: ForwardingChatModel,
+        messages: list[BaseMessage],
+        stop: list[str] | None,
+        kwargs: Mapping[str, Any],
+        config: RunnableConfig | None,
+    ) -> None:
+        cache = _cache_of(wrapper)
+        assert cache is not None  # noqa: S101 - see Args
+        self._entry = StreamEntry(cache, messages, wrapper._get_llm_string(stop=stop, **kwargs), config)
+        self._output_version = wrapper.output_version
+        self._chunks: list[ChatGenerationChunk] = []
+
+    @property
+    def stamp(self) -> str:
+        """When the cache was asked, in its own counting."""
+        return self._entry._context.run(last_lookup)
+
+    def lookup(self) -> list[ChatGenerationChunk] | None:
+        """Return the cached answer as a stream, or None."""
+        return _streamed(self._entry.lookup())
+
+    async def alookup(self) -> list[ChatGenerationChunk] | None:
+        """Do what `lookup` does, without blocking the event loop."""
+        return _streamed(await self._entry.alookup())
+
+    def add(self, chunk: ChatGenerationChunk) -> None:
+        """Take the next chunk."""
+        self._chunks.append(twin_of_chunk(chunk, False))
+
+    def store(self) -> None:
+        """Keep the answer; to be called when its end has come."""
+        if self._chunks:
+            self._entry.store(self._generation())
+
+    async def astore(self) -> None:
+        """Do what `store` does, without blocking the event loop."""
+        if self._chunks:
+            await self._entry.astore(self._generation())
+
+    def _generation(self) -> ChatGeneration:
+        """Return what LangChain would store had the answer not been streamed."""
+        (generation,) = whole(self._chunks).generations
+        generation.message.response_metadata = {
+            **(generation.generation_info or {}),
+            **generation.message.response_metadata,
+        }
+        if self._output_version == "v1" and isinstance(generation.message, AIMessage):
+            generation.message = _update_message_content_to_blocks(generation.message, "v1")
+        return generation
+
+
+def _streamed(hit: AIMessage | None) -> list[ChatGenerationChunk] | None:
+    return None if hit is None else as_chunks(hit)
