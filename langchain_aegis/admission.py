@@ -28,7 +28,7 @@ from langchain_aegis.errors import (
 )
 from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.queues import Line
-from langchain_aegis.tallies import Event, Row, Tally
+from langchain_aegis.tallies import EVENTS, Row, Tally
 from langchain_aegis.tickets import State, Ticket, held_tickets
 from langchain_aegis.traits import NO_TRAITS, Priority, Traits, priority
 from langchain_aegis.wakers import Waker
@@ -90,7 +90,6 @@ class Admission:
         self._max_waiting = max_waiting
         self._clock = clock
         self._closed = False
-        self._totals = dict.fromkeys(("served", "refused", "expired", "cancelled", "merged"), 0)
         self._tally = Tally()
         self._service_s: float | None = None
         self._longest_s = 0.0
@@ -161,35 +160,41 @@ class Admission:
             deadline = own if deadline is None else min(own, deadline)
         if (held := held_tickets.get()) and any(t.admission is self and t.running for t in held):
             return Ticket(self, State.RIDING, deadline=deadline)
-        kind: Priority = "spare" if priority.get() == "spare" else "bulk" if wait == "queue" else "interactive"
-        ticket = Ticket(
-            self, State.WAITING, kind, traits, counted=kind == "interactive" and wait == "refuse", deadline=deadline,
-            window_s=window_ms / 1000, max_batch=max_batch,
-        )  # fmt: skip
+        kind = priority.get()
+        if kind == "interactive" and wait == "queue":
+            kind = "bulk"
+        counted = kind == "interactive" and wait == "refuse"
         evicted = None
         try:
             with self._lock:
                 if self._closed:
                     raise AegisClosedError("this admission was closed; it takes no new calls")
                 if deadline is not None and deadline <= self._clock():
-                    self._count("expired", ticket)
+                    self._tally.count("expired", traits)
                     raise AegisDeadlineError("the deadline had passed before the call was made; nothing was sent")
-                if self._has_slot_for(kind) or (self._reclaimed() and self._has_slot_for(kind)):
-                    self._run(ticket)
-                    self._line.starting(ticket, self._clock())
-                    return ticket
-                if self._is_full_for(ticket) and (not self._purge() or self._is_full_for(ticket)):
-                    evicted = self._line.rival(traits.tenant) if ticket.counted else None
+                runs = self._has_slot_for(kind) or (self._reclaimed() and self._has_slot_for(kind))
+                if not runs and self._is_full_for(kind, counted) and (
+                    not self._purge() or self._is_full_for(kind, counted)
+                ):  # fmt: skip
+                    evicted = self._line.rival(traits.tenant) if counted else None
                     if evicted is None:
-                        self._count("refused", ticket)
+                        self._tally.count("refused", traits)
                         raise self._overloaded()
                     self._line.remove(evicted)
                     self._counted -= 1
-                    self._count("refused", evicted)
+                    self._tally.count("refused", evicted.traits)
                     evicted.refusal, evicted.state = self._overloaded(), State.EVICTED
+                ticket = Ticket(
+                    self, State.WAITING, kind, traits, counted=counted, deadline=deadline, window_s=window_ms / 1000,
+                    max_batch=max_batch,
+                )  # fmt: skip
+                if runs:
+                    self._run(ticket)
+                    self._line.starting(ticket, self._clock)
+                    return ticket
                 ticket.entered = self._clock()
                 self._line.add(ticket)
-                self._counted += ticket.counted
+                self._counted += counted
                 running = tuple(self._running)
         finally:
             if self._gone:
@@ -267,7 +272,7 @@ class Admission:
         """Return a snapshot."""
         self._settle()
         with self._lock:
-            now, line = self._clock(), self._line
+            now, line, rows = self._clock(), self._line, self._tally.rows()
             found = AdmissionStats(
                 max_concurrency=self._max_concurrency,
                 max_waiting=self._max_waiting,
@@ -277,10 +282,10 @@ class Admission:
                 waiting_spare=line.size("spare"),
                 oldest_s=max((now - t.entered for t in line if t.entered is not None), default=0.0),
                 service_s=self._service_s,
-                **self._totals,
+                **{event: sum(getattr(row, event) for row in rows) for event in EVENTS},
                 prefixes_reused=line.prefixes_reused,
                 reloads_avoided=line.reloads_avoided,
-                rows=self._tally.rows(),
+                rows=rows,
             )
         self._settle()
         return found
@@ -288,7 +293,6 @@ class Admission:
     def merged(self, traits: Traits) -> None:
         """Count a call that is answered by another one's call of the model."""
         with self._lock:
-            self._totals["merged"] += 1
             self._tally.count("merged", traits)
         self._settle()
 
@@ -301,11 +305,11 @@ class Admission:
             return not len(self._line) and (used + 1 < slots or (slots == 1 and not used))
         return used < slots
 
-    def _is_full_for(self, ticket: Ticket) -> bool:
+    def _is_full_for(self, kind: Priority, counted: bool) -> bool:
         """Whether a call that cannot run at once has no place to wait; locked."""
-        if ticket.kind == "spare":
+        if kind == "spare":
             return self._line.size("spare") >= self._max_waiting
-        return ticket.counted and self._counted >= self._max_waiting
+        return counted and self._counted >= self._max_waiting
 
     def _run(self, ticket: Ticket) -> None:
         """Give a slot to a call; locked."""
@@ -324,16 +328,12 @@ class Admission:
             self._counted -= ticket.counted
             if ticket.deadline is not None and ticket.deadline <= now:
                 ticket.state = State.EXPIRED
-                self._count("expired", ticket)
+                self._tally.count("expired", ticket.traits)
             else:
                 self._run(ticket)
                 self._tally.waited(ticket.traits, now - (ticket.entered or now))
             woken.append(ticket)
         return woken
-
-    def _count(self, event: Event, ticket: Ticket) -> None:
-        self._totals[event] += 1
-        self._tally.count(event, ticket.traits)
 
     def _leave(self, ticket: Ticket) -> None:
         self._gone.append(ticket)
@@ -364,14 +364,14 @@ class Admission:
         state, ticket.state = ticket.state, State.LEFT
         if state is State.WAITING and self._line.remove(ticket):
             self._counted -= ticket.counted
-            self._count("cancelled", ticket)
+            self._tally.count("cancelled", ticket.traits)
             return [ticket]
         if ticket in self._running:
             self._running.discard(ticket)
             now = self._clock()
             self._line.leaving(ticket, self._max_concurrency, now)
             if ticket.started is not None:
-                self._count("served", ticket)
+                self._tally.count("served", ticket.traits)
                 took = now - ticket.started
                 old = self._service_s
                 self._service_s = took if old is None else old + _SMOOTHING * (took - old)
@@ -414,14 +414,14 @@ class Admission:
                 self._line.remove(ticket)
                 self._counted -= ticket.counted
                 ticket.state = State.EXPIRED
-                self._count("expired", ticket)
+                self._tally.count("expired", ticket.traits)
         if waited:
             self._wake([ticket])
         self._settle()
 
     def _count_expired(self, ticket: Ticket) -> None:
         with self._lock:
-            self._count("expired", ticket)
+            self._tally.count("expired", ticket.traits)
         self._settle()
 
     def _reclaimed(self) -> bool:

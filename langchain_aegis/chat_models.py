@@ -13,7 +13,7 @@ from langchain_core.callbacks import (
 )
 from langchain_core.globals import get_llm_cache
 from langchain_core.language_models._utils import _update_message_content_to_blocks
-from langchain_core.language_models.base import LangSmithParams
+from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
 from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.utils.function_calling import convert_to_openai_tool
@@ -45,9 +45,11 @@ from langchain_aegis.options import (
     option_error,
     resolve_aliases,
 )
+from langchain_aegis.prefixes import traits_of_request
 from langchain_aegis.replays import StreamEntry, as_chunks
 from langchain_aegis.servers import admission_of
 from langchain_aegis.settings import AegisSettings, normalise_base_url
+from langchain_aegis.traits import in_bulk
 
 
 class ChatAegis(CachedChat):
@@ -62,8 +64,11 @@ class ChatAegis(CachedChat):
         model: Name of the model; default `OLLAMA_MODEL_GENERATION`.
         base_url: Address of the server; default `OLLAMA_BASE_URL`. `user:password@` in it is sent, never shown.
         max_concurrency: How many calls of this process the server gets at once, shared by all models of that address
-            (the smallest value wins; default 4). Further calls wait for their turn, for as long as `timeout`;
-            `BatchingChatModel` bounds the queue, too.
+            (the smallest value wins; default 4). Further calls wait for their turn, for as long as `timeout`, items
+            of `batch` and `abatch` after single calls; `BatchingChatModel` bounds the queue, too.
+        window_ms: 0: waiting calls run first come, first served, tenants in turn. Else those that share a long
+            prefix, or model and runner options, are put next to each other while all slots are busy. Nobody waits
+            longer for that than this, twice a service time, or 2 s, whichever is longest. Default `BATCH_WINDOW_MS`.
         on_overflow: What happens to a prompt that does not fit into the model's window: "raise" an
             AegisContextOverflowError, or "warn" and let the server cut it.
         timeout: Seconds that a whole answer may take; default `AEGIS_DEADLINE_S`.
@@ -111,6 +116,7 @@ class ChatAegis(CachedChat):
     _endpoint: Endpoint = PrivateAttr()
     _default_keep_alive: str = PrivateAttr()
     _slots: int | None = PrivateAttr(default=None)
+    _window_ms: float = PrivateAttr()
 
     def __init__(self, model: str | None = None, **arguments: Any) -> None:
         check_names(arguments, {*type(self).model_fields, *ALIASES}, f"argument of {type(self).__name__}:")
@@ -144,6 +150,7 @@ class ChatAegis(CachedChat):
         # The smallest number that anybody asks for wins, so the default of all is not asked for.
         told = settings.max_concurrency if settings.max_concurrency != AegisSettings.max_concurrency else None
         self._slots = told if self.max_concurrency is None else self.max_concurrency
+        self._window_ms = settings.window_ms if self.window_ms is None else self.window_ms
         self._endpoint = Endpoint.of(
             self.base_url or settings.ollama_base_url,
             settings,
@@ -219,6 +226,20 @@ class ChatAegis(CachedChat):
         )
 
     # -- calls --
+
+    def batch(
+        self, inputs: list[LanguageModelInput], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
+    ) -> list[Any]:
+        """Answer each input, in order; they wait for their turn after single calls."""
+        with in_bulk():
+            return super().batch(inputs, config, return_exceptions=return_exceptions, **kwargs)
+
+    async def abatch(
+        self, inputs: list[LanguageModelInput], config: Any = None, *, return_exceptions: bool = False, **kwargs: Any
+    ) -> list[Any]:
+        """Answer each input, in order; they wait for their turn after single calls."""
+        with in_bulk():
+            return await super().abatch(inputs, config, return_exceptions=return_exceptions, **kwargs)
 
     def _chat_params(self, messages: list[BaseMessage], stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
         return self._body(self._call(stop, kwargs), messages)
@@ -337,9 +358,18 @@ class ChatAegis(CachedChat):
         """The slots of the server, shared by all that call it in this process; looked up, so a copy has its own."""
         return admission_of(self, max_concurrency=self._slots)
 
+    def _turn(self, call: Call, body: dict[str, Any], bounds: dict[str, Any]) -> dict[str, Any]:
+        """Return what admission is told of a call; it waits for as long as it takes, and before items of batches."""
+        return {
+            "wait": "patient",
+            "deadline_s": bounds["timeouts"].deadline_s,
+            "traits": traits_of_request(call, body),
+            "window_ms": self._window_ms,
+        }
+
     def _ask(self, call: Call, body: dict[str, Any]) -> dict[str, Any]:
         bounds = self._endpoint.bounds(call.timeout_s)
-        with self._admission.slot(wait="queue", deadline_s=bounds["timeouts"].deadline_s):
+        with self._admission.slot(**self._turn(call, body, bounds)):
             try:
                 return self._server.chat(body, **bounds)
             except AegisContextOverflowError as exc:
@@ -347,7 +377,7 @@ class ChatAegis(CachedChat):
 
     async def _aask(self, call: Call, body: dict[str, Any]) -> dict[str, Any]:
         bounds = self._endpoint.bounds(call.timeout_s)
-        async with self._admission.aslot(wait="queue", deadline_s=bounds["timeouts"].deadline_s):
+        async with self._admission.aslot(**self._turn(call, body, bounds)):
             try:
                 return await self._server.achat(body, **bounds)
             except AegisContextOverflowError as exc:
@@ -356,7 +386,7 @@ class ChatAegis(CachedChat):
     def _ask_stream(self, call: Call, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
         bounds, begun = self._endpoint.bounds(call.timeout_s), False
         # Held: whoever reads this stream may call the model in between, and must not wait for the slot taken here.
-        with self._admission.slot(wait="queue", deadline_s=bounds["timeouts"].deadline_s) as ticket, ticket.held():
+        with self._admission.slot(**self._turn(call, body, bounds)) as ticket, ticket.held():
             try:
                 for part in self._server.chat_stream(body, **bounds):
                     begun = True
@@ -368,8 +398,7 @@ class ChatAegis(CachedChat):
 
     async def _aask_stream(self, call: Call, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         bounds, begun = self._endpoint.bounds(call.timeout_s), False
-        slot = self._admission.aslot(wait="queue", deadline_s=bounds["timeouts"].deadline_s)
-        async with slot as ticket:
+        async with self._admission.aslot(**self._turn(call, body, bounds)) as ticket:
             with ticket.held():
                 try:
                     async with contextlib.aclosing(self._server.achat_stream(body, **bounds)) as parts:

@@ -11,6 +11,7 @@ from langchain_core.messages import BaseMessage
 
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.identity import normalise_model
+from langchain_aegis.options import Call
 from langchain_aegis.scope import who
 from langchain_aegis.settings import AegisSettings
 from langchain_aegis.traits import Traits
@@ -51,7 +52,15 @@ def traits_of_chat(
     )
 
 
-def prefix_of(prompt: str | Sequence[BaseMessage], tools: Any = None) -> tuple[int, ...]:
+def traits_of_request(call: Call, body: Mapping[str, Any]) -> Traits:
+    """Return the traits of a request to Ollama: what it asks for, and its body."""
+    model = normalise_model(call.model)
+    runner = (model, *(call.options.get(name) for name in RUNNER_OPTIONS[:-1]), call.shift)
+    prefix = functools.partial(prefix_of, body["messages"], body.get("tools"))
+    return Traits(tenant=_tenant(), model=model, runner=runner, prefix=prefix)
+
+
+def prefix_of(prompt: str | Sequence[BaseMessage | Mapping[str, Any]], tools: Any = None) -> tuple[int, ...]:
     """Return a digest of each beginning of a prompt that is a whole number of blocks of `BLOCK_CHARS` characters.
 
     Two prompts share their first n blocks when the first n digests are equal. For this process only; no secret.
@@ -65,14 +74,17 @@ def prefix_of(prompt: str | Sequence[BaseMessage], tools: Any = None) -> tuple[i
     return tuple(states)
 
 
-def _texts(prompt: str | Sequence[BaseMessage]) -> Iterator[str]:
+def _texts(prompt: str | Sequence[BaseMessage | Mapping[str, Any]]) -> Iterator[str]:
     if isinstance(prompt, str):
         yield "human"
         yield prompt
         return
     for message in prompt:
-        yield message.type
-        content = message.content
+        if isinstance(message, BaseMessage):
+            role, content = message.type, message.content
+        else:
+            role, content = message["role"], message.get("content") or ""
+        yield role
         yield content if isinstance(content, str) else repr(content)
 
 

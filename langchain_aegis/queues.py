@@ -12,7 +12,7 @@ Three rules, each within what the one before allows:
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Collection, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -63,6 +63,7 @@ class Line:
             "spare": OrderedDict(),
         }
         self._sizes: dict[Priority, int] = {"interactive": 0, "bulk": 0, "spare": 0}
+        self._total = 0
         self._since_bulk = 0
         self._loaded: Hashable = None  # the runner that was asked for last
         self._loaded_since = 0.0
@@ -72,7 +73,7 @@ class Line:
         self.reloads_avoided = 0  # turns given to a later call because an earlier one needs another runner
 
     def __len__(self) -> int:
-        return sum(self._sizes.values())
+        return self._total
 
     def __iter__(self) -> Iterator[Ticket]:
         for tenants in self._waiting.values():
@@ -92,6 +93,7 @@ class Line:
         ticket.due = queue.granted + len(queue.tickets)
         queue.tickets[ticket] = None
         self._sizes[ticket.kind] += 1
+        self._total += 1
 
     def remove(self, ticket: Ticket) -> bool:
         """Take a call out; False if it does not wait here."""
@@ -101,6 +103,7 @@ class Line:
             return False
         del queue.tickets[ticket]
         self._sizes[ticket.kind] -= 1
+        self._total -= 1
         if not queue.tickets:
             del tenants[ticket.traits.tenant]
         return True
@@ -110,12 +113,13 @@ class Line:
         for tenants in self._waiting.values():
             tenants.clear()
         self._sizes = dict.fromkeys(self._sizes, 0)
+        self._total = 0
 
-    def starting(self, ticket: Ticket, now: float) -> None:
+    def starting(self, ticket: Ticket, clock: Callable[[], float]) -> None:
         """Note that a call runs, whether or not it had to wait."""
         runner = ticket.traits.runner
         if runner is not None and runner != self._loaded:
-            self._loaded, self._loaded_since = runner, now
+            self._loaded, self._loaded_since = runner, clock()
             self._resident.pop(ticket.traits.model, None)
             self._resident[ticket.traits.model] = runner
             if len(self._resident) > _MODELS:
@@ -123,6 +127,8 @@ class Line:
 
     def leaving(self, ticket: Ticket, slots: int, now: float) -> None:
         """Note that a call has left one of `slots` slots."""
+        if not ticket.prefix and not self._warm:
+            return
         self._warm.append(Warm(ticket.prefix, ticket.in_a_row, ticket.since if ticket.in_a_row else now))
         while len(self._warm) > slots:
             self._warm.popleft()
@@ -169,7 +175,7 @@ class Line:
         if tenant in tenants:
             tenants.move_to_end(tenant)  # the next turn is another's
         self._since_bulk = 0 if kind == "bulk" else self._since_bulk + 1
-        self.starting(chosen, now)
+        self.starting(chosen, lambda: now)
         return chosen
 
     def _kind(self, running: Collection[Ticket], slots: int) -> Priority | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from langchain_aegis.traits import Traits
 
 Event = Literal["served", "refused", "expired", "cancelled", "merged"]
+EVENTS: Final[tuple[Event, ...]] = get_args(Event)
 
 BOUNDS_S: Final = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 OTHERS: Final = "(others)"

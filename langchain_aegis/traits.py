@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
@@ -55,10 +56,19 @@ def common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
 priority: ContextVar[Priority] = ContextVar("aegis_priority", default="interactive")
 
 
-@contextlib.contextmanager
-def background() -> Iterator[None]:
+def background() -> AbstractContextManager[None]:
     """Mark calls made inside as background traffic (a cache's judge, a health check): never the last free slot's."""
-    token = priority.set("spare")
+    return _prioritised("spare")
+
+
+def in_bulk() -> AbstractContextManager[None]:
+    """Mark calls made inside as items of a batch: they wait for their turn, after single calls."""
+    return _prioritised("bulk")
+
+
+@contextlib.contextmanager
+def _prioritised(what: Priority) -> Iterator[None]:
+    token = priority.set(what)
     try:
         yield
     finally:
