@@ -26,10 +26,12 @@ from langchain_aegis import (
     AegisSemanticCache,
     BatchingChatModel,
     ChatAegis,
+    aegis_scope,
     was_cached,
 )
 from langchain_aegis.admission import Admission
 from langchain_aegis.testing import ScriptedOllama
+from langchain_aegis.traits import Traits
 
 LONG_S = 30.0
 SERVICE_S = 0.1
@@ -217,7 +219,7 @@ ENTRIES_OF_A_BURST = {
 }
 
 
-@pytest.mark.parametrize(("bound", "items"), [(False, 10_000), (True, 1_000)], ids=["model", "binding"])
+@pytest.mark.parametrize(("bound", "items"), [(False, 3_000), (True, 500)], ids=["model", "binding"])
 def test_a_long_batch_is_answered_whole(bound, items):
     """None is refused, order is kept, and the server works all the time."""
 
@@ -232,6 +234,88 @@ def test_a_long_batch_is_answered_whole(bound, items):
     assert model.inner.most == SLOTS
     assert model.admission.stats().refused == 0
     assert seconds <= 1.02 * items / CAPACITY
+
+
+# Fairness
+
+
+def small_beside_large(large):
+    """The 99th percentile of ten calls of tenant B: alone, and beside `large(model)` of tenant A."""
+
+    async def ten_calls(model):
+        async def one(i):
+            with aegis_scope(tenant="B"):
+                return await timed(model.ainvoke(f"b {i}"))
+
+        times = await asyncio.gather(*(one(i) for i in range(10)))
+        assert None not in times, "a call of B was refused"
+        return p99(times)
+
+    async def beside():
+        model = bounded(max_waiting=10_000)
+        other = asyncio.create_task(large(model))
+        while model.admission.stats().running < SLOTS:  # noqa: ASYNC110
+            await asyncio.sleep(SERVICE_S / 10)
+        found = await ten_calls(model)
+        other.cancel()
+        await asyncio.gather(other, return_exceptions=True)
+        return found
+
+    async def solo():
+        return await ten_calls(bounded(max_waiting=10_000))
+
+    return virtually(solo()), virtually(beside())
+
+
+async def five_thousand(model):
+    """All at once, as an application does that has no bound of its own."""
+    with aegis_scope(tenant="A"):
+        await asyncio.gather(*(model.ainvoke(f"a {i}") for i in range(5_000)))
+
+
+async def batch_of_five_thousand(model):
+    with aegis_scope(tenant="A"):
+        await model.abatch([f"a {i}" for i in range(5_000)], {"max_concurrency": 1_000})
+
+
+@pytest.mark.parametrize("large", [five_thousand, batch_of_five_thousand])
+def test_a_large_tenant_does_not_starve_a_small_one(large):
+    """Ten calls beside another tenant's 5,000 take at most three times as long as alone."""
+    solo, beside = small_beside_large(large)
+    assert beside <= 3 * solo
+
+
+def test_a_batch_waits_for_the_same_tenants_single_calls():
+    """Somebody who waits for an answer goes before a batch, also one of the same tenant."""
+
+    async def load():
+        model = bounded(max_waiting=100)
+        batch = asyncio.create_task(model.abatch([f"a {i}" for i in range(2_000)], {"max_concurrency": 1_000}))
+        await asyncio.sleep(SERVICE_S * 2.5)
+        times = await asyncio.gather(*(timed(model.ainvoke(f"single {i}")) for i in range(SLOTS)))
+        batch.cancel()
+        await asyncio.gather(batch, return_exceptions=True)
+        return times
+
+    assert max(virtually(load())) <= 5 * SERVICE_S
+
+
+def test_many_tenants_get_equal_shares():
+    """Twenty tenants with very different numbers of waiting calls: each gets its share of what runs first."""
+
+    async def load():
+        bound, order = Admission(1, 10_000, clock=asyncio.get_running_loop().time), []
+
+        async def call(tenant):
+            async with bound.aslot(traits=Traits(tenant=tenant)):
+                order.append(tenant)
+                await asyncio.sleep(SERVICE_S)
+
+        await asyncio.gather(*(call(f"t{t}") for t in range(20) for _ in range(10 * (t + 1))))
+        return order
+
+    first = virtually(load())[: 20 * 10]
+    assert all(8 <= first.count(f"t{t}") <= 12 for t in range(20))
 
 
 # A full queue
