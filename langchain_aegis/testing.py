@@ -26,6 +26,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ except ImportError as exc:
 from langchain_aegis.embedded.scripted import DEFAULT_MODELS, Counters, ScriptedEngine, ScriptedModel
 from langchain_aegis.embedded.wire import OllamaWire
 from langchain_aegis.embedded.wire_faults import Fault, FaultKind, Seen
+from langchain_aegis.embedded.wire_residency import Residency
 from langchain_aegis.embedded.wire_server import Listener, listen, loopback_socket
 from langchain_aegis.embedded.wire_thread import LoopThread
 from langchain_aegis.embedded.wire_transport import InProcessAsyncTransport, InProcessTransport
@@ -72,11 +74,18 @@ class ScriptedOllama:
         models: Names to list beside `scripted:latest` and `scripted-embed:latest`; a name that holds `embed`, `minilm`
             or `bge` makes vectors. A `ScriptedModel` says more: that it thinks, has no tools, how large its window is.
             Any other name is answered with 404.
-        slots: Generations at the same time; more requests wait in the order in which they came.
+        slots: Generations of each model at the same time; more requests wait in the order in which they came.
+            Embedding models have one slot.
         max_waiting: More waiting requests are refused with 503; None: any number may wait, as in Ollama.
         tokens_per_s: Speed of each generation; 0: no delay.
-        prefill_tokens_per_s: Speed of reading the part of a prompt that no earlier prompt began with; 0: no delay.
+        prefill_tokens_per_s: Speed of reading the part of a prompt that neither a slot nor the host's cache knows;
+            0: no delay.
         load_s: Seconds that loading a model takes.
+        request_s: Seconds that every request costs beside all this.
+        host_cache: Whether what a slot gives up is kept in the host's memory and comes back, as in Ollama from 0.30 on.
+        max_queue: More requests that wait for a model to be loaded are refused with 503 (`OLLAMA_MAX_QUEUE`). Those
+            for a model that is loaded as they want it are not counted.
+        max_loaded: Models loaded at the same time (`OLLAMA_MAX_LOADED_MODELS`); None: all.
         words: Length of an answer, about.
     """
 
@@ -89,6 +98,10 @@ class ScriptedOllama:
         tokens_per_s: float = 0.0,
         prefill_tokens_per_s: float = 0.0,
         load_s: float = 0.0,
+        request_s: float = 0.0,
+        host_cache: bool = True,
+        max_queue: int = 512,
+        max_loaded: int | None = None,
         words: int = 16,
     ) -> None:
         given = [models] if isinstance(models, str | ScriptedModel) else list(models)
@@ -102,11 +115,15 @@ class ScriptedOllama:
             tokens_per_s=tokens_per_s,
             prefill_tokens_per_s=prefill_tokens_per_s,
             load_s=load_s,
+            request_s=request_s,
+            host_cache=host_cache,
             words=words,
             changed=self._notify,
         )
-        self._app = OllamaWire(self._engine, witness=self)
-        self._in_process_app = OllamaWire(self._engine, witness=self, hosts=None)
+        self._later_ns = 0
+        loaded = Residency(self._engine, max_queue=max_queue, max_loaded=max_loaded, clock_ns=self._now_ns)
+        self._app = OllamaWire(self._engine, witness=self, residency=loaded)
+        self._in_process_app = OllamaWire(self._engine, witness=self, hosts=None, residency=loaded)
         self._lock = threading.Lock()
         self._thread: LoopThread | None = None
         self._listener: Listener | None = None
@@ -214,6 +231,13 @@ class ScriptedOllama:
     def release(self) -> None:
         """End `hold`: waiting requests run in the order in which they came."""
         self._loop_thread().call(self._engine.slots.release)
+
+    def advance(self, seconds: float) -> None:
+        """Let time go on by `seconds` for what is loaded: models whose `keep_alive` is over are unloaded."""
+        self._later_ns += int(seconds * 1e9)
+
+    def _now_ns(self) -> int:
+        return time.time_ns() + self._later_ns
 
     @contextlib.contextmanager
     def _holding(self) -> Iterator[None]:

@@ -6,13 +6,13 @@ import asyncio
 import itertools
 import json
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from langchain_aegis.embedded import scripted_answers as script
-from langchain_aegis.embedded.scripted_slots import Slots
+from langchain_aegis.embedded.scripted_caches import PromptCaches
+from langchain_aegis.embedded.scripted_slots import AllSlots
 from langchain_aegis.embedded.wire_engine import (
     Embedding,
     End,
@@ -25,7 +25,7 @@ from langchain_aegis.embedded.wire_engine import (
 from langchain_aegis.embedded.wire_window import kept, overflow, shorter
 
 DEFAULT_WINDOW = 4096  # what Ollama gives on a machine without a large GPU
-_CACHED_PROMPTS = 32
+_HOST_TOKENS = 1_000_000  # that the host's prompt cache keeps of a model
 _SILENT = Piece()
 _OPEN_ENDED_WINDOWS = 10  # Ollama ends what is asked to go on for ever after ten windows
 
@@ -79,18 +79,24 @@ class Counters:
     Attributes:
         max_running: Most requests that had a slot at the same time.
         generations: Answers begun.
-        prefilled_tokens: Prompt tokens that were evaluated: those of a known prefix are not.
+        prefilled_tokens: Prompt tokens that were evaluated.
+        cached_tokens: Prompt tokens that need not be, because a slot or the host's cache knew them.
         generated_tokens: Tokens sent, also of answers that nobody waited for.
         texts_embedded: Over all requests for vectors.
+        requests_embedded: Requests for vectors.
         loads: Models loaded, because they were not, or with other options.
+        reloads: Those of them that were loaded with other options before.
     """
 
     max_running: int = 0
     generations: int = 0
     prefilled_tokens: int = 0
+    cached_tokens: int = 0
     generated_tokens: int = 0
     texts_embedded: int = 0
+    requests_embedded: int = 0
     loads: int = 0
+    reloads: int = 0
 
 
 class ScriptedEngine:
@@ -101,11 +107,14 @@ class ScriptedEngine:
 
     Args:
         models: What is listed.
-        slots: Generations at the same time; more wait in the order in which they came.
+        slots: Generations of each model at the same time; more wait in the order in which they came. Embedding models
+            have one slot.
         max_waiting: More waiting requests than that are refused with 503; None: any number may wait.
         tokens_per_s: Speed of each generation; 0: no delay at all.
-        prefill_tokens_per_s: Speed of reading what no earlier prompt began with; 0: no delay.
+        prefill_tokens_per_s: Speed of reading what neither a slot nor the host's cache knows; 0: no delay.
         load_s: Seconds to load a model.
+        request_s: Seconds that each request costs beside all this, in its slot.
+        host_cache: Whether what a slot gives up is kept in the host's memory (llama-server's `--cache-ram`).
         words: Length of an answer, about.
         changed: Called whenever a number changes that a test may wait for.
     """
@@ -119,6 +128,8 @@ class ScriptedEngine:
         tokens_per_s: float = 0.0,
         prefill_tokens_per_s: float = 0.0,
         load_s: float = 0.0,
+        request_s: float = 0.0,
+        host_cache: bool = True,
         words: int = 16,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
@@ -127,12 +138,15 @@ class ScriptedEngine:
         self._token_s = 1 / tokens_per_s if tokens_per_s else 0.0
         self._prefill_s = 1 / prefill_tokens_per_s if prefill_tokens_per_s else 0.0
         self._load_s = load_s
+        self._request_s = request_s
+        self._host_tokens = _HOST_TOKENS if host_cache else 0
         self._words = words
         self._changed = changed
         self._draws = itertools.count(1)
-        self._known_prompts: deque[list[str]] = deque(maxlen=_CACHED_PROMPTS)
+        self._runners: dict[str, Mapping[str, Any]] = {}
+        self._caches: dict[str, PromptCaches] = {}
         self.counters = Counters()
-        self.slots = Slots(slots, max_waiting, self._slots_changed)
+        self.slots = AllSlots(slots, max_waiting, self._slots_changed)
 
     @property
     def cards(self) -> Sequence[ModelCard]:
@@ -144,30 +158,41 @@ class ScriptedEngine:
         return min(max(num_ctx, 4) if num_ctx else DEFAULT_WINDOW, card.context_length)
 
     async def load(self, card: ModelCard, runner: Mapping[str, Any]) -> None:
-        """Take as long as was asked for."""
+        """Take as long as was asked for; what the model's slots knew is gone."""
         self.counters.loads += 1
+        self.counters.reloads += self._runners.get(card.name, runner) != runner
+        self._runners[card.name] = runner
+        self._caches[card.name] = PromptCaches(self.slots.count, self._host_tokens)
         if self._load_s:
             await asyncio.sleep(self._load_s)
 
     async def generate(self, request: Generation) -> AsyncGenerator[Piece | End, None]:
         """Yield the answer token by token."""
-        async with self.slots.one():
+        async with self.slots.of(request.model).one():
             started = time.perf_counter_ns()
             self.counters.generations += 1
             window = self.window(request.model, request.options.get("num_ctx"))
             prompt = self._prompt(request, window)
-            await self._read(prompt)
-            read = time.perf_counter_ns()
-            parts = self._parts(request, "".join(prompt))
-            limit = _limit(request, len(prompt), window)
-            told = 0
-            for part in itertools.islice(parts, limit):
-                told += 1
-                self.counters.generated_tokens += 1
-                await asyncio.sleep(self._token_s)  # also without a delay: other requests run in between
-                if part != _SILENT:
-                    yield part
-            finished = next(parts, None) is None
+            caches = self._caches.setdefault(request.model.name, PromptCaches(self.slots.count, self._host_tokens))
+            known = caches.take(prompt)
+            text: list[str] = []
+            try:
+                await self._read(len(prompt), known)
+                text = list(prompt)
+                read = time.perf_counter_ns()
+                parts = self._parts(request, "".join(prompt))
+                limit = _limit(request, len(prompt), window)
+                told = 0
+                for part in itertools.islice(parts, limit):
+                    told += 1
+                    self.counters.generated_tokens += 1
+                    await asyncio.sleep(self._token_s)  # also without a delay: other requests run in between
+                    if part != _SILENT:
+                        text.append(part.content)
+                        yield part
+                finished = next(parts, None) is None
+            finally:
+                caches.give(text)
             yield End(
                 reason="stop" if finished else "length",
                 prompt_tokens=len(prompt),
@@ -187,9 +212,10 @@ class ScriptedEngine:
             if len(tokens) > window - 2 and not request.truncate:
                 raise EngineError(400, "the input length exceeds the context length")
             read.append(tokens[: window - 2])
-        async with self.slots.one():
+        async with self.slots.of(request.model).one():
+            self.counters.requests_embedded += 1
             self.counters.texts_embedded += len(read)
-            await asyncio.sleep(self._prefill_s * sum(map(len, read)))
+            await asyncio.sleep(self._request_s + self._prefill_s * sum(map(len, read)))
             vectors = [script.embed("".join(tokens), model.dimensions) for tokens in read]
         return Vectors(vectors=vectors, tokens=sum(len(tokens) + 2 for tokens in read))
 
@@ -216,13 +242,11 @@ class ScriptedEngine:
         first, last = kept(len(tokens), window, request.options.get("num_keep", 4), shift=request.shift)
         return [*tokens[:first], *tokens[len(tokens) - last :]]
 
-    async def _read(self, prompt: list[str]) -> None:
-        known = max((_common(prompt, other) for other in self._known_prompts), default=0)
-        new = max(len(prompt) - known, 1)  # the last token is always evaluated
+    async def _read(self, tokens: int, known: int) -> None:
+        new = max(tokens - known, 1)  # the last token is always evaluated
         self.counters.prefilled_tokens += new
-        await asyncio.sleep(self._prefill_s * new)
-        if known < len(prompt):
-            self._known_prompts.append(prompt)
+        self.counters.cached_tokens += tokens - new
+        await asyncio.sleep(self._request_s + self._prefill_s * new)
 
     def _parts(self, request: Generation, prompt: str) -> Iterator[Piece]:
         random = request.options.get("temperature", 0.8) > 0 and request.options.get("seed", -1) < 0
@@ -267,14 +291,3 @@ def _logprobs(request: Generation, token: str) -> tuple[dict[str, Any], ...]:
 
 def _token_id(token: str) -> int:
     return int.from_bytes(token.encode()[:3], "big") % 49_152
-
-
-def _common(left: Sequence[str], right: Sequence[str]) -> int:
-    low, high = 0, min(len(left), len(right))
-    while low < high:  # comparing slices is far quicker than comparing tokens one by one
-        middle = (low + high + 1) // 2
-        if left[:middle] == right[:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

@@ -1,4 +1,4 @@
-"""A first-come-first-served queue for the slots of one model server."""
+"""First-come-first-served queues for the slots of a server's models."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
-from langchain_aegis.embedded.wire_engine import EngineError
-
-BUSY = "server busy, please try again.  maximum pending requests exceeded"
+from langchain_aegis.embedded.wire_engine import BUSY, EngineError, ModelCard
 
 
 class Slots:
@@ -88,3 +86,54 @@ class Slots:
                 self.running += 1
                 turn.set_result(None)
         self._changed()
+
+
+class AllSlots:
+    """The slots of every model of a server: each has its own, an embedding model one.
+
+    Args:
+        count: Slots of a chat model (`OLLAMA_NUM_PARALLEL`).
+        max_waiting: See `Slots`; of each model.
+        changed: See `Slots`.
+    """
+
+    def __init__(self, count: int, max_waiting: int | None, changed: Callable[[], None]) -> None:
+        if count < 1:
+            raise ValueError(f"slots must be at least 1, got {count}")
+        self.count = count
+        self._max_waiting = max_waiting
+        self._changed = changed
+        self._models: dict[str, Slots] = {}
+        self._held = False
+
+    def of(self, card: ModelCard) -> Slots:
+        """Return the slots of a model."""
+        slots = self._models.get(card.name)
+        if slots is None:
+            count = self.count if "completion" in card.capabilities else 1
+            slots = self._models[card.name] = Slots(count, self._max_waiting, self._changed)
+            if self._held:
+                slots.hold()
+        return slots
+
+    @property
+    def running(self) -> int:
+        """Requests that have a slot."""
+        return sum(slots.running for slots in self._models.values())
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for one."""
+        return sum(slots.waiting for slots in self._models.values())
+
+    def hold(self) -> None:
+        """Give out no slot until `release` is called."""
+        self._held = True
+        for slots in self._models.values():
+            slots.hold()
+
+    def release(self) -> None:
+        """End `hold`."""
+        self._held = False
+        for slots in self._models.values():
+            slots.release()

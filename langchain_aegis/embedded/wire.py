@@ -54,12 +54,13 @@ class OllamaWire:
     """
 
     def __init__(
-        self, engine: Engine, *, witness: Witness | None = None, hosts: set[str] | None = _LOOPBACK_HOSTS
-    ) -> None:
+        self, engine: Engine, *, witness: Witness | None = None, hosts: set[str] | None = _LOOPBACK_HOSTS,
+        residency: Residency | None = None,
+    ) -> None:  # fmt: skip
         self._engine = engine
         self._witness = witness
         self._hosts = hosts
-        self._residency = Residency(engine)
+        self._residency = residency or Residency(engine)
         self._catalog = Catalog(engine, self._residency)
         posts: dict[str, Handler] = {
             "/api/chat": self._chat,

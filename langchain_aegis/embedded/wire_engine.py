@@ -124,6 +124,9 @@ class Vectors:
     tokens: int
 
 
+BUSY = "server busy, please try again.  maximum pending requests exceeded"
+
+
 class EngineError(Exception):
     """The engine refuses or fails; status and message go to the client as Ollama would send them."""
 
