@@ -27,6 +27,7 @@ from langchain_aegis.errors import (
     AegisOverloadedError,
 )
 from langchain_aegis.forks import reset_after_fork
+from langchain_aegis.live import live
 from langchain_aegis.queues import Line
 from langchain_aegis.tallies import EVENTS, Row, Tally
 from langchain_aegis.tickets import State, Ticket, held_tickets
@@ -197,6 +198,7 @@ class Admission:
                 self._counted += counted
                 running = tuple(self._running)
         finally:
+            live.touch()
             if self._gone:
                 self._settle()
         if evicted is not None:

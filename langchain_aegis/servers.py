@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from langchain_aegis.admission import Admission
 from langchain_aegis.bounds import MAX_CONCURRENCY, MAX_WAITING, check_bounds
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.forks import reset_after_fork
+from langchain_aegis.live import live
 from langchain_aegis.settings import normalise_base_url
 
 _BOUNDS = ("max_concurrency", "max_waiting", "window_ms", "max_batch", "deadline_s")
@@ -35,10 +37,13 @@ def admission_of(inner: object, *, max_concurrency: int | None = None, max_waiti
     """Return the bounds of `inner`'s server, shared in this process; of its own if it names no server."""
     if (server := server_of(inner)) is not None:
         return admission_for(server, max_concurrency=max_concurrency, max_waiting=max_waiting)
-    return Admission(
+    own = Admission(
         MAX_CONCURRENCY if max_concurrency is None else max_concurrency,
         MAX_WAITING if max_waiting is None else max_waiting,
     )
+    with _registry.lock:
+        _registry.alone.add(own)
+    return own
 
 
 def admission_for(server: str, *, max_concurrency: int | None = None, max_waiting: int | None = None) -> Admission:
@@ -62,6 +67,14 @@ def admission_for(server: str, *, max_concurrency: int | None = None, max_waitin
         shared.max_waiting = _smaller(shared.max_waiting, max_waiting)
         shared.admission.limit(max_concurrency=shared.max_concurrency, max_waiting=shared.max_waiting)
         return shared.admission
+
+
+def admissions() -> dict[str, Admission]:
+    """Return the process's admissions by the address of their server; those of models that name none by a number."""
+    with _registry.lock:
+        named = {server: shared.admission for server, shared in _registry.servers.items()}
+        alone = {f"(no address) {at}": admission for at, admission in enumerate(_registry.alone, 1)}
+    return named | alone
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
@@ -95,6 +108,7 @@ class _Registry:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.servers: dict[str, _Shared] = {}
+        self.alone: weakref.WeakSet[Admission] = weakref.WeakSet()
         reset_after_fork(self)
 
     def reset(self) -> None:
@@ -102,6 +116,7 @@ class _Registry:
 
 
 _registry = _Registry()
+live.admissions = admissions
 
 
 def _smaller(old: int | None, new: int | None) -> int | None:
