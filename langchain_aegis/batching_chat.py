@@ -28,7 +28,7 @@ from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.forwarding import ForwardingChatModel
 from langchain_aegis.kept_streams import KeptStream, may_look_up
 from langchain_aegis.merging import chat_flights, key_of, reads_tokens
-from langchain_aegis.prefixes import traits_of_chat
+from langchain_aegis.prefixes import prefix_of, traits_of_chat
 from langchain_aegis.replays import StreamEntry, consulted_by_core
 from langchain_aegis.scope import ReadAnywhere, current, read_anywhere, seen_config
 from langchain_aegis.servers import admission_of, check_arguments
@@ -323,8 +323,12 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
         self, wait: Wait, prompt: LanguageModelInput, kwargs: Mapping[str, Any], *,
         config: RunnableConfig | None = None, **how: Any,
     ) -> Entry[ChatResult]:  # fmt: skip
-        with seen_config(config):
-            traits = traits_of_chat(self.inner, _Messages(self, prompt), kwargs)
+        text = prompt if isinstance(prompt, str) else _Messages(self, prompt)
+        if config:
+            with seen_config(config):
+                traits = traits_of_chat(self.inner, text, kwargs)
+        else:
+            traits = traits_of_chat(self.inner, text, kwargs)
         return Entry(
             self, self.admission, chat_flights, wait, self.deadline_s,
             config=config, traits=traits, window_ms=self.window_ms, max_batch=self.max_batch, **how,
@@ -371,6 +375,12 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
                 looked_up = None if streams and StreamEntry.applies(self.inner) else last_lookup()
             entry.take(self._key(messages, stop, kwargs, entry, looked_up))
         return entry
+
+    def _prefix_of(self, value: LanguageModelInput) -> tuple[int, ...]:
+        try:
+            return prefix_of(value if isinstance(value, str) else self._convert_input(value).to_messages())
+        except Exception:  # whatever is wrong with this input is its own call's error, not the batch's
+            return ()
 
     def _inside(self) -> bool:
         """Whether an outer entry point of this very call has taken its place already."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 from langchain_core.messages import AIMessage, AIMessageChunk, message_chunk_to_message
@@ -36,20 +37,20 @@ def twin_of_chunk(chunk: ChatGenerationChunk, own: bool) -> ChatGenerationChunk:
     return twin
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any, put: Callable[[object, str, Any], None] = object.__setattr__) -> Any:
     # `model_copy(deep=True)` takes six times as long, and this is done for every token and reader.
+    fields = dict(value.__dict__)
+    for name, field in fields.items():
+        if field.__class__ is dict or field.__class__ is list:
+            fields[name] = copy.deepcopy(field) if field else field.copy()
+        elif isinstance(field, (dict, list)):
+            fields[name] = copy.deepcopy(field)
     made = object.__new__(type(value))
-    fields = {
-        name: (copy.deepcopy(field) if field else field.copy()) if isinstance(field, (dict, list)) else field
-        for name, field in value.__dict__.items()
-    }
-    for name, field in (
-        ("__dict__", fields),
-        ("__pydantic_fields_set__", set(value.__pydantic_fields_set__)),
-        ("__pydantic_extra__", value.__pydantic_extra__ and copy.deepcopy(value.__pydantic_extra__)),
-        ("__pydantic_private__", value.__pydantic_private__ and copy.copy(value.__pydantic_private__)),
-    ):
-        object.__setattr__(made, name, field)
+    put(made, "__dict__", fields)
+    put(made, "__pydantic_fields_set__", set(value.__pydantic_fields_set__))
+    extra, private = value.__pydantic_extra__, value.__pydantic_private__
+    put(made, "__pydantic_extra__", copy.deepcopy(extra) if extra else extra)
+    put(made, "__pydantic_private__", private.copy() if private else private)
     return made
 
 
