@@ -21,7 +21,7 @@ from pydantic import ConfigDict
 
 from langchain_aegis.admission import Admission, Wait
 from langchain_aegis.bounds import MAX_BATCH, WINDOW_MS
-from langchain_aegis.bulk import Bulk
+from langchain_aegis.bulk import Bulk, in_lanes
 from langchain_aegis.calls import Entry, scoped
 from langchain_aegis.copies import whole
 from langchain_aegis.errors import AegisConfigError
@@ -375,6 +375,11 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
                 looked_up = None if streams and StreamEntry.applies(self.inner) else last_lookup()
             entry.take(self._key(messages, stop, kwargs, entry, looked_up))
         return entry
+
+    def _order(self, inputs: Sequence[LanguageModelInput]) -> Sequence[int]:
+        if not self.window_ms:
+            return range(len(inputs))
+        return in_lanes([self._prefix_of(each) for each in inputs], self.admission.max_concurrency)
 
     def _prefix_of(self, value: LanguageModelInput) -> tuple[int, ...]:
         try:

@@ -8,18 +8,22 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import aclosing
 from contextvars import copy_context
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise, zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import get_config_list
 
 from langchain_aegis.admission import Admission
+from langchain_aegis.queues import LONG_PREFIX
+from langchain_aegis.traits import common
 from langchain_aegis.wakers import running_loop
 
 T = TypeVar("T")
 Outcome = tuple[int, T | Exception]
 Configs = RunnableConfig | Sequence[RunnableConfig] | None
+
+_FEW = 32  # prompts that are read in the event loop
 
 
 class Bulk:
@@ -48,11 +52,13 @@ class Bulk:
     ) -> Iterator[Outcome[Any]]:
         """As `batch`; yields `(index, answer)` as the answers come."""
         configs, width = self._configs(config, len(inputs))
+        order = self._order(inputs)
 
-        def run(i: int) -> Any:
-            return self._invoke("queue", inputs[i], configs[i], **kwargs)
+        def run(at: int) -> Any:
+            return self._invoke("queue", inputs[order[at]], configs[order[at]], **kwargs)
 
-        yield from work_through(len(inputs), width, run, keep_errors=return_exceptions)
+        for at, outcome in work_through(len(inputs), width, run, keep_errors=return_exceptions):
+            yield order[at], outcome
 
     async def abatch(
         self, inputs: list[Any], config: Configs = None, *, return_exceptions: bool = False, **kwargs: Any
@@ -68,19 +74,40 @@ class Bulk:
     ) -> AsyncIterator[Outcome[Any]]:
         """As `abatch`; yields `(index, answer)` as the answers come."""
         configs, width = self._configs(config, len(inputs))
+        # Reading many prompts takes longer than an event loop may be kept.
+        few = len(inputs) <= _FEW
+        order = self._order(inputs) if few else await asyncio.to_thread(self._order, inputs)
 
-        def run(i: int) -> Coroutine[Any, Any, Any]:
-            return self._ainvoke("queue", inputs[i], configs[i], **kwargs)
+        def run(at: int) -> Coroutine[Any, Any, Any]:
+            return self._ainvoke("queue", inputs[order[at]], configs[order[at]], **kwargs)
 
         async with aclosing(awork_through(len(inputs), width, run, keep_errors=return_exceptions)) as outcomes:
-            async for outcome in outcomes:
-                yield outcome
+            async for at, outcome in outcomes:
+                yield order[at], outcome
+
+    def _order(self, inputs: Sequence[Any]) -> Sequence[int]:
+        """Return the positions of the inputs in the order in which they are worked through; may take its time."""
+        return range(len(inputs))
 
     def _configs(self, config: Configs, count: int) -> tuple[list[RunnableConfig], int]:
         """Return one config per item, and how many items may be under way."""
         configs = get_config_list(config, count) if count else []
         told = configs[0].get("max_concurrency") if configs else None
         return configs, told or self.admission.max_concurrency + self.max_batch
+
+
+def in_lanes(prefixes: Sequence[tuple[int, ...]], lanes: int) -> Sequence[int]:
+    """Return the positions of `prefixes`, put in order so that long ones that are shared meet.
+
+    They are sorted, cut into as many rows as there are lanes, and taken from the rows in turn: each slot of the server
+    then goes on with what its prompt cache knows. Where nothing long is shared, they stay as they are.
+    """
+    ranked = sorted(range(len(prefixes)), key=prefixes.__getitem__)
+    if not any(common(prefixes[one], prefixes[other]) >= LONG_PREFIX for one, other in pairwise(ranked)):
+        return range(len(prefixes))
+    length = -(-len(ranked) // lanes)
+    rows = [ranked[start : start + length] for start in range(0, len(ranked), length)]
+    return [at for column in zip_longest(*rows) for at in column if at is not None]
 
 
 def work_through(count: int, width: int, run: Callable[[int], T], *, keep_errors: bool) -> Iterator[Outcome[T]]:
