@@ -277,5 +277,7 @@ def test_python_has_nothing_to_complain_of():
     done = subprocess.run(
         [sys.executable, "-W", "error", "-X", "dev", "-c", WORKLOAD], capture_output=True, text=True, timeout=120
     )
-    assert done.stderr == ""
+    # What asyncio's debug mode calls slow is the machine's.
+    said = [line for line in done.stderr.splitlines() if not re.fullmatch(r"Executing <.* took [\d.]+ seconds", line)]
+    assert said == []
     assert (done.returncode, done.stdout) == (0, "done\n")
