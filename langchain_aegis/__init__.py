@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # what `__getattr__` imports when it is asked for, said to ty
     from langchain_aegis.errors import AegisStreamError as AegisStreamError
     from langchain_aegis.errors import AegisTimeoutError as AegisTimeoutError
     from langchain_aegis.middleware import AegisCacheMiddleware as AegisCacheMiddleware
+    from langchain_aegis.progress import batch_progress as batch_progress
     from langchain_aegis.results import Answer as Answer
     from langchain_aegis.results import was_cached as was_cached
     from langchain_aegis.router import AegisRouter as AegisRouter
@@ -65,6 +66,7 @@ _HOME_OF = {
     "ChatAegis": "chat_models",
     "aegis_scope": "scope",
     "aegis_sources": "scope",
+    "batch_progress": "progress",
     "batching": "runnables",
     "was_cached": "results",
 }

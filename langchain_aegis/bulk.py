@@ -15,6 +15,7 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import get_config_list
 
 from langchain_aegis.admission import Admission
+from langchain_aegis.progress import bar_for
 from langchain_aegis.queues import LONG_PREFIX
 from langchain_aegis.traits import common
 from langchain_aegis.wakers import running_loop
@@ -28,6 +29,8 @@ _FEW = 32  # prompts that are read in the event loop
 
 class Bulk:
     """The four batch methods of a Runnable. Items wait for their turn instead of being refused, and never share calls.
+
+    Inside `batch_progress()` each batch shows a bar.
 
     The class that uses it has `_invoke` and `_ainvoke`, `admission` and `max_batch`.
     """
@@ -57,8 +60,10 @@ class Bulk:
         def run(at: int) -> Any:
             return self._invoke("queue", inputs[order[at]], configs[order[at]], **kwargs)
 
-        for at, outcome in work_through(len(inputs), width, run, keep_errors=return_exceptions):
-            yield order[at], outcome
+        with bar_for(len(inputs)) as bar:
+            for at, outcome in work_through(len(inputs), width, bar.items(run), keep_errors=return_exceptions):
+                bar.told(outcome)
+                yield order[at], outcome
 
     async def abatch(
         self, inputs: list[Any], config: Configs = None, *, return_exceptions: bool = False, **kwargs: Any
@@ -81,9 +86,12 @@ class Bulk:
         def run(at: int) -> Coroutine[Any, Any, Any]:
             return self._ainvoke("queue", inputs[order[at]], configs[order[at]], **kwargs)
 
-        async with aclosing(awork_through(len(inputs), width, run, keep_errors=return_exceptions)) as outcomes:
-            async for at, outcome in outcomes:
-                yield order[at], outcome
+        with bar_for(len(inputs)) as bar:
+            worked = awork_through(len(inputs), width, bar.aitems(run), keep_errors=return_exceptions)
+            async with aclosing(worked) as outcomes:
+                async for at, outcome in outcomes:
+                    bar.told(outcome)
+                    yield order[at], outcome
 
     def _order(self, inputs: Sequence[Any]) -> Sequence[int]:
         """Return the positions of the inputs in the order in which they are worked through; may take its time."""

@@ -23,7 +23,8 @@ ORDER = [
     "replies", "namespace", "scripts", "store", "connections", "sweeper",
     "attempts", "refusals", "ndjson", "client", "endpoint",
     "traits", "prefixes",
-    "live", "bounds", "wakers", "tickets", "tallies", "queues", "admission", "bulk", "pulses", "broadcasts", "flights",
+    "live", "bounds", "wakers", "tickets", "tallies", "queues", "admission", "progress", "bulk", "pulses",
+    "broadcasts", "flights",
     "calls", "forwarding", "servers", "copies", "merging", "kept_streams",
     "budgets", "embedder", "verifiers", "agreement", "shadow", "reasons", "lookup", "counts", "results",
     "scopes_seen", "cache_options", "reports", "pairs", "calibration", "engine", "performer", "explain",
@@ -45,8 +46,8 @@ EXCEPTIONS = {
 
 PUBLIC = [
     "ChatAegis", "AegisEmbeddings", "AegisSemanticCache", "AegisCacheMiddleware", "AegisRouter", "AegisSettings",
-    "Answer", "BatchingChatModel", "BatchingEmbeddings", "BatchingRunnable", "batching", "aegis_scope",
-    "aegis_sources", "was_cached",
+    "Answer", "BatchingChatModel", "BatchingEmbeddings", "BatchingRunnable", "batch_progress",
+    "batching", "aegis_scope", "aegis_sources", "was_cached",
     "AegisError", "AegisClosedError", "AegisConfigError", "AegisConnectionError", "AegisContextOverflowError",
     "AegisDeadlineError", "AegisModelNotFoundError", "AegisOptionError", "AegisOverloadedError", "AegisRequestError",
     "AegisServerError", "AegisStreamError", "AegisTimeoutError",
