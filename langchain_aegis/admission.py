@@ -131,6 +131,15 @@ class Admission:
         """Whether `enter` would refuse a call now; without a lock, so it may be wrong a moment later."""
         return self._counted >= self._max_waiting and len(self._running) >= self._max_concurrency
 
+    @property
+    def busy(self) -> int:
+        """How many calls run or wait; without a lock, so it may be wrong a moment later."""
+        return len(self._running) + len(self._line)
+
+    def covers(self, other: Admission) -> bool:
+        """Whether a slot of `other` is one of these."""
+        return other is self
+
     def enter(
         self, *, wait: Wait = "refuse", deadline_s: float | None = None, deadline: float | None = None,
         traits: Traits = NO_TRAITS, window_ms: float = WINDOW_MS, max_batch: int = MAX_BATCH,
@@ -159,7 +168,7 @@ class Admission:
         if deadline_s is not None:
             own = self._clock() + deadline_s
             deadline = own if deadline is None else min(own, deadline)
-        if (held := held_tickets.get()) and any(t.admission is self and t.running for t in held):
+        if (held := held_tickets.get()) and any(self.covers(t.admission) and t.running for t in held):
             return Ticket(self, State.RIDING, deadline=deadline)
         kind = priority.get()
         if kind == "interactive" and wait == "queue":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator, Mapping
-from typing import Any, Literal, Self
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self, cast
 
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import (
@@ -45,10 +46,12 @@ from langchain_aegis.options import (
     option_error,
     resolve_aliases,
 )
+from langchain_aegis.pools import Pool
 from langchain_aegis.prefixes import traits_of_request
 from langchain_aegis.replays import StreamEntry, as_chunks
-from langchain_aegis.servers import admission_of
+from langchain_aegis.servers import addresses_of, admission_of
 from langchain_aegis.settings import AegisSettings, normalise_base_url
+from langchain_aegis.spread import Asks, Spread
 from langchain_aegis.traits import in_bulk
 
 
@@ -62,7 +65,10 @@ class ChatAegis(CachedChat):
 
     Args:
         model: Name of the model; default `OLLAMA_MODEL_GENERATION`.
-        base_url: Address of the server; default `OLLAMA_BASE_URL`. `user:password@` in it is sent, never shown.
+        base_url: Address of the server; default `OLLAMA_BASE_URL`. `user:password@` in it is sent, never shown. A list:
+            several servers that have the model. Each call goes to the least busy of those that can be reached, or to
+            one that has just read how its prompt begins.
+        recheck_s: Seconds for which one of several servers that cannot be reached is left alone.
         max_concurrency: How many calls of this process the server gets at once, shared by all models of that address
             (the smallest value wins; default 4). Further calls wait for their turn, for as long as `timeout`, items
             of `batch` and `abatch` after single calls; `BatchingChatModel` bounds the queue, too.
@@ -91,7 +97,8 @@ class ChatAegis(CachedChat):
     max_retries: int | None = Field(default=None, ge=0, le=10)
     api_key: SecretStr | None = Field(default_factory=secret_from_env("OLLAMA_API_KEY", default=None), repr=False)
     streaming: bool | None = None
-    base_url: str | None = Field(default=None, repr=False)
+    base_url: str | list[str] | None = Field(default=None, repr=False)  # type: ignore[assignment]  # a list is new
+    recheck_s: float = Field(default=30.0, ge=0, allow_inf_nan=False)
 
     # Ollama's options that ChatOllama lacks
     min_p: float | None = None
@@ -128,7 +135,7 @@ class ChatAegis(CachedChat):
                 values["base_url"] = settings.ollama_base_url
         if model is None:
             raise AegisConfigError('no model is named; write ChatAegis("name") or set OLLAMA_MODEL_GENERATION')
-        values["base_url"] = normalise_base_url(values["base_url"])
+        values["base_url"] = _addresses(values["base_url"])
         try:
             super().__init__(model=check_model(model), **values)
         except ValidationError as exc:
@@ -151,8 +158,9 @@ class ChatAegis(CachedChat):
         told = settings.max_concurrency if settings.max_concurrency != AegisSettings.max_concurrency else None
         self._slots = told if self.max_concurrency is None else self.max_concurrency
         self._window_ms = settings.window_ms if self.window_ms is None else self.window_ms
+        addresses = addresses_of(self) or (str(self.base_url or settings.ollama_base_url),)
         self._endpoint = Endpoint.of(
-            self.base_url or settings.ollama_base_url,
+            addresses[0],
             settings,
             api_key=self.api_key.get_secret_value() if self.api_key else None,
             timeout=self.timeout,
@@ -162,7 +170,8 @@ class ChatAegis(CachedChat):
             async_client_kwargs=self.async_client_kwargs,
         )
         if self.validate_model_on_init:
-            self._endpoint.check_has(self.model)
+            for address in addresses:
+                self._endpoint.check_has(self.model, address)
         return self
 
     # -- what LangChain asks about the model --
@@ -179,7 +188,7 @@ class ChatAegis(CachedChat):
     @property
     def lc_secrets(self) -> dict[str, str]:
         """Arguments that are serialised as the name of an environment variable."""
-        login = {"base_url": "OLLAMA_BASE_URL"} if "@" in (self.base_url or "") else {}
+        login = {"base_url": "OLLAMA_BASE_URL"} if "@" in str(self.base_url) else {}
         return {"api_key": "OLLAMA_API_KEY", **login}
 
     @property
@@ -261,7 +270,7 @@ class ChatAegis(CachedChat):
         **kwargs: Any,
     ) -> ChatResult:
         call = self._call(stop, kwargs)
-        return read_result(self._ask(call, self._body(call, messages)), reasoning=call.think)
+        return read_result(self._way(call, messages).whole(), reasoning=call.think)
 
     async def _agenerate(
         self,
@@ -271,7 +280,7 @@ class ChatAegis(CachedChat):
         **kwargs: Any,
     ) -> ChatResult:
         call = self._call(stop, kwargs)
-        return read_result(await self._aask(call, self._body(call, messages)), reasoning=call.think)
+        return read_result(await self._way(call, messages).awhole(), reasoning=call.think)
 
     def _stream(
         self,
@@ -307,7 +316,7 @@ class ChatAegis(CachedChat):
             yield from as_chunks(hit)
             return
         whole = Whole()
-        for part in self._ask_stream(call, self._body(call, messages)):
+        for part in self._way(call, messages).parts():
             if entry:
                 whole.add(part)
             yield read_chunk(part, reasoning=call.think)
@@ -325,7 +334,7 @@ class ChatAegis(CachedChat):
                 yield chunk
             return
         whole = Whole()
-        async with contextlib.aclosing(self._aask_stream(call, self._body(call, messages))) as parts:
+        async with contextlib.aclosing(self._way(call, messages).aparts()) as parts:
             async for part in parts:
                 if entry:
                     whole.add(part)
@@ -347,11 +356,24 @@ class ChatAegis(CachedChat):
             generation.message = _update_message_content_to_blocks(generation.message, "v1")
         return generation
 
+    def _way(self, call: Call, messages: list[BaseMessage]) -> Asks:
+        """Return a call that is ready to be sent."""
+        if not isinstance(self.base_url, list):
+            return _Way(self, call, self._body(call, messages))
+        told = {"messages": messages, "tools": call.tools}
+        return Spread(
+            pool=cast("Pool", self._admission),
+            turn=self._turn(call, told, self._endpoint.bounds(call.timeout_s)),
+            at=lambda address: self.model_copy(update={"base_url": address})._way(call, messages),
+            client=self._endpoint.client,
+            recheck_s=self.recheck_s,
+        )
+
     # -- the four places where the server is called --
 
     @property
     def _server(self) -> OllamaClient:
-        return self._endpoint.client(self.base_url)
+        return self._endpoint.client(None if isinstance(self.base_url, list) else self.base_url)
 
     @property
     def _admission(self) -> Admission:
@@ -420,6 +442,27 @@ class ChatAegis(CachedChat):
         return {**body, "truncate": True}
 
 
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """One call of the model's one server."""
+
+    model: ChatAegis
+    call: Call
+    body: dict[str, Any]
+
+    def whole(self) -> dict[str, Any]:
+        return self.model._ask(self.call, self.body)
+
+    async def awhole(self) -> dict[str, Any]:
+        return await self.model._aask(self.call, self.body)
+
+    def parts(self) -> Generator[dict[str, Any], None, None]:
+        return self.model._ask_stream(self.call, self.body)
+
+    def aparts(self) -> AsyncGenerator[dict[str, Any], None]:
+        return self.model._aask_stream(self.call, self.body)
+
+
 def _wire_message(message: dict[str, Any]) -> dict[str, Any]:
     # Ids of tool calls are left out, as ChatOllama's client leaves them out: made up anew for every call, they would
     # change the prompt. Go reads a missing field as an empty one.
@@ -440,3 +483,13 @@ def _wire_tools(tools: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if "defs" in parameters:
             parameters["$defs"] = parameters.pop("defs")
     return wired
+
+
+def _addresses(told: str | Sequence[str]) -> str | list[str]:
+    """Return one address, or several without repeats."""
+    if isinstance(told, str):
+        return normalise_base_url(told)
+    if not isinstance(told, (list, tuple)) or not told or not all(isinstance(each, str) for each in told):
+        raise AegisConfigError(f"base_url must be an address or a list of addresses, got {type(told).__name__}")
+    found = list(dict.fromkeys(normalise_base_url(each) for each in told))
+    return found if len(found) > 1 else found[0]

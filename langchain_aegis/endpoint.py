@@ -22,7 +22,7 @@ class Endpoint:
     headers: Mapping[str, str]
     timeouts: Timeouts
     retries: int = 0
-    own: OllamaClient | None = None  # where httpx gets arguments that nobody else shares
+    own: OwnClients | None = None  # where httpx gets arguments that nobody else shares
 
     @classmethod
     def of(
@@ -53,22 +53,47 @@ class Endpoint:
         )
         own = None
         if sync_options or async_options:
-            own = OllamaClient(base_url, headers=headers, sync_options=sync_options, async_options=async_options)
+            own = OwnClients(headers, sync_options, async_options)
         return cls(base_url=base_url, headers=headers, timeouts=timeouts, retries=retries or 0, own=own)
 
     def client(self, base_url: str | None = None) -> OllamaClient:
-        """Return the client for the endpoint's address, or for that of a model copied with another one."""
-        return self.own or shared_client(base_url or self.base_url, self.headers)
+        """Return the client for the endpoint's address, or for another one of the same model."""
+        address = base_url or self.base_url
+        return shared_client(address, self.headers) if self.own is None else self.own.at(address)
 
     def bounds(self, timeout_s: float | None = None) -> dict[str, Any]:
         """Return the arguments of a client's call: how long, and how often."""
         return {"timeouts": self.timeouts.within(timeout_s), "retries": self.retries}
 
-    def check_has(self, model: str) -> None:
+    def check_has(self, model: str, base_url: str | None = None) -> None:
         """Raise AegisModelNotFoundError if the server does not list `model`."""
-        names = [str(each.get("model") or each.get("name")) for each in self.client().tags(timeouts=self.timeouts)]
+        client = self.client(base_url)
+        names = [str(each.get("model") or each.get("name")) for each in client.tags(timeouts=self.timeouts)]
         if normalise_model(model) not in names and not any(name.startswith(f"{model}:") for name in names):
             raise AegisModelNotFoundError(
-                f"the server does not have the model {model!r}; run `ollama pull {model}` there. It has:"
+                f"the server at {client.base_url} does not have the model {model!r}; run `ollama pull {model}` there."
+                " It has:"
                 f" {', '.join(names) or 'none'}"
             )
+
+
+class OwnClients:
+    """The clients of one model, one for each address that it calls."""
+
+    def __init__(
+        self, headers: Mapping[str, str], sync_options: Mapping[str, Any], async_options: Mapping[str, Any]
+    ) -> None:
+        self._arguments: dict[str, Any] = {
+            "headers": headers,
+            "sync_options": sync_options,
+            "async_options": async_options,
+        }
+        self._clients: dict[str, OllamaClient] = {}
+
+    def at(self, base_url: str) -> OllamaClient:
+        """Return the client for an address; made on first use, without any I/O."""
+        client = self._clients.get(base_url)
+        return client or self._clients.setdefault(base_url, OllamaClient(base_url, **self._arguments))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self

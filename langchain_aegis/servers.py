@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from langchain_aegis.admission import Admission
 from langchain_aegis.bounds import MAX_CONCURRENCY, MAX_WAITING, check_bounds
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.live import live
+from langchain_aegis.pools import Pool
 from langchain_aegis.settings import normalise_base_url
 
 _BOUNDS = ("max_concurrency", "max_waiting", "window_ms", "max_batch", "deadline_s")
@@ -21,7 +22,12 @@ _ADDRESSES = ("base_url", "openai_api_base")
 
 
 def server_of(inner: object) -> str | None:
-    """Return the normalised address of the server that `inner` calls, or None if it does not say."""
+    """Return the normalised address of the server that `inner` calls, or None if it does not say.
+
+    Of a model that several servers have, it is the text of all addresses.
+    """
+    if addresses := addresses_of(inner):
+        return ", ".join(sorted(addresses))
     for name in _ADDRESSES:
         address = getattr(inner, name, None)
         if isinstance(address, str) and address.strip():
@@ -33,8 +39,16 @@ def server_of(inner: object) -> str | None:
     return None
 
 
+def addresses_of(inner: object) -> tuple[str, ...]:
+    """Return the addresses of a model that several servers have; empty for any other."""
+    told = getattr(inner, "base_url", None)
+    return tuple(told) if isinstance(told, list) else ()
+
+
 def admission_of(inner: object, *, max_concurrency: int | None = None, max_waiting: int | None = None) -> Admission:
     """Return the bounds of `inner`'s server, shared in this process; of its own if it names no server."""
+    if addresses := addresses_of(inner):
+        return pool_for(addresses, max_concurrency=max_concurrency, max_waiting=max_waiting)
     if (server := server_of(inner)) is not None:
         return admission_for(server, max_concurrency=max_concurrency, max_waiting=max_waiting)
     own = Admission(
@@ -67,6 +81,31 @@ def admission_for(server: str, *, max_concurrency: int | None = None, max_waitin
         shared.max_waiting = _smaller(shared.max_waiting, max_waiting)
         shared.admission.limit(max_concurrency=shared.max_concurrency, max_waiting=shared.max_waiting)
         return shared.admission
+
+
+def pool_for(addresses: Iterable[str], *, max_concurrency: int | None = None, max_waiting: int | None = None) -> Pool:
+    """Return the process's one `Pool` for several servers, made on first use.
+
+    Args:
+        addresses: Theirs, in any order.
+        max_concurrency: Slots of each, as in `admission_for`.
+        max_waiting: Calls that wait for any of them, as in `admission_for`.
+
+    Raises:
+        AegisConfigError: A bound is out of range.
+    """
+    check_bounds(max_waiting=max_waiting)
+    members = {each: admission_for(each, max_concurrency=max_concurrency) for each in sorted(addresses)}
+    name = ", ".join(members)
+    with _registry.lock:
+        shared = _registry.servers.get(name)
+        if shared is None or shared.admission.closed:
+            shared = _registry.servers[name] = _Shared(Pool(members))
+        shared.max_waiting = _smaller(shared.max_waiting, max_waiting)
+        pool = cast("Pool", shared.admission)
+        pool.limit(max_waiting=shared.max_waiting)
+        pool.fit(members)
+        return pool
 
 
 def admissions() -> dict[str, Admission]:
