@@ -42,8 +42,6 @@ class Word:
 
 # Second word -> (the words after it, the phrase as one form), the longest first.
 Phrases = dict[str, list[tuple[tuple[str, ...], str]]]
-
-
 Codes = dict[str, tuple[int, ...]]
 
 
@@ -113,7 +111,7 @@ class Lexicon:
     acts: frozenset[int]  # verbs that say what is done
     category: frozenset[int]  # what a name may be introduced with
     implied: tuple[frozenset[int], ...]  # per question code: what its question word asks for already
-    narrowing: frozenset[int]  # members of exclusive sets that narrow a question down
+    alternatives: frozenset[int]  # qualities, and members of exclusive sets that narrow a question down
     reversible: dict[int, frozenset[int]]  # number of a member -> the exclusive sets in which two may change places
     conflicts: frozenset[tuple[int, int]]  # positions in `questions`
     what: int  # position in `questions`; "what" may ask for anything that `implied` names
@@ -122,6 +120,7 @@ class Lexicon:
     codes: dict[str, int]  # the same the other way round; "" is "command"
     yes_no: dict[str, dict[str, str]]  # per language: first word -> question code
     parts: dict[int, frozenset[int]]  # number of a phrase -> numbers of its words, if those have content
+    phrases: frozenset[int]  # the keys of `parts`
     separable: frozenset[str]
     particles: frozenset[str]  # German: stand at the end and belong to the verb ("melde ... an")
     before_noun: frozenset[str]  # German: what stands before is the verb of a question
@@ -308,7 +307,7 @@ class _Builder:
             acts=acts,
             category=category,
             implied=tuple(implied.get(code, frozenset()) for code in questions),
-            narrowing=frozenset(narrowing),
+            alternatives=(graded | denying | narrowing) - relations,
             reversible=reversible,
             conflicts=_conflicts(guards["question_words"]["conflicts"], questions),
             what=questions.index("what"),
@@ -317,6 +316,7 @@ class _Builder:
             codes={code: position for position, code in enumerate(questions)} | {"": questions.index("command")},
             yes_no={language: _first_words(guards["question_words"], language) for language in self.tables},
             parts=parts,
+            phrases=frozenset(parts),
             separable=frozenset(synonyms["phrases"]["separable"].split()),
             particles=frozenset(guards["particles"]["particles"].split()),
             before_noun=frozenset(guards["particles"]["before_noun"].split()),

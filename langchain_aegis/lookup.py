@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from langchain_aegis.breaker import Unavailable
@@ -252,7 +252,7 @@ def _is_doubtful(found: Lookup, served: Record, policy: Policy) -> bool:
         return False  # the verifier has agreed
     try:
         # Words such as "the" and "may" alone differ: there is nothing that the guards could have missed.
-        return Profile.decode(served.profile)._replace(frame=found.profile.frame) != found.profile
+        return replace(Profile.decode(served.profile), frame=found.profile.frame) != found.profile
     except ValueError:
         return True
 

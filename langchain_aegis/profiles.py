@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import struct
 import unicodedata
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from typing import NamedTuple
 from zlib import crc32
 
 from langchain_aegis.lexicon import AGENT, AUXILIARY, LANGUAGES, SYMMETRIC, Phrases, Word, lexicon
@@ -40,8 +40,9 @@ PASSIVE = 4  # with its agent; SYMMETRIC, "and", "between" and the like, comes f
 DIGEST = 0x800000  # set in the number of a term that is a digest, clear in that of a form of the lexicon
 
 
-class Profile(NamedTuple):
-    """What the guards compare. Holds codes of a closed vocabulary and short keyed digests, no words.
+@dataclass(slots=True)  # not frozen, nor a tuple: a comparison reads thirty fields, and slots are read fastest
+class Profile:
+    """What the guards compare; never changed. Holds codes of a closed vocabulary and short keyed digests, no words.
 
     A term is a word with content: the number of a form in the lexicon, or a digest of the word's stem.
     """
@@ -72,7 +73,8 @@ class Profile(NamedTuple):
         codes = (self.exclusive, self.opposites, self.frame)
         wide = [*self.order, *(term for part in sets for term in sorted(part))]
         narrow = [*self.spellings, *(code for part in codes for code in sorted(part))]
-        body = _BODY.pack(*self[:6], len(self.order), *map(len, sets), *map(len, codes))
+        codes_of = (self.language, self.question, self.flags, self.shape, self.source, self.target)
+        body = _BODY.pack(*codes_of, len(self.order), *map(len, sets), *map(len, codes))
         body += struct.pack(f">{len(wide)}I{len(narrow)}H", *wide, *narrow)
         return _HEAD.pack(_VERSION, lexicon().fingerprint, crc32(body)) + body
 

@@ -6,6 +6,7 @@ difference that changes the answer, and blocks when it finds one. Pure: no clock
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import combinations
 
 from langchain_aegis.lexicon import SYMMETRIC, Lexicon, lexicon
@@ -49,39 +50,41 @@ def compare(cached: Profile, new: Profile, *, off: frozenset[str] = frozenset())
     """
     found = []
     known = lexicon()
-    both = cached.language and new.language
     # An undecided language is one of names and key words only: they must be the same then ("Mozart Geburtstag").
-    if (cached.language != new.language) if both else cached.terms != new.terms:
+    if cached.language != new.language if cached.language and new.language else cached.terms != new.terms:
         found.append("language")
     if cached.numbers != new.numbers and _numbers_differ(cached, new):
         found.append("number")
     if cached.quantities != new.quantities:
         found.append("quantity")
-    if (cached.flags ^ new.flags) & NEGATED and not _denied_in_a_word(cached.flags, new.flags):
+    turned = cached.flags ^ new.flags
+    if turned & NEGATED and not _denied_in_a_word(cached.flags, new.flags):
         found.append("negation")
     left, right = cached.opposites, new.opposites
-    if left and right and left != right:
-        for code in left:
-            if code not in right and code ^ 1 in right and code ^ 1 not in left:
-                found.append("antonym")
-                break
+    if not (left <= right or right <= left) and _take_sides(left, right, 1):
+        found.append("antonym")
     left, right = cached.exclusive, new.exclusive
-    if left and right and left != right:
-        groups = {code >> 8 for code in left - right}
-        if groups:
-            for code in right:
-                if code >> 8 in groups and code not in left:
-                    found.append("exclusive")
-                    break
+    if not (left <= right or right <= left) and _take_sides(left, right, 8):
+        found.append("exclusive")
     if cached.question != new.question and _asks_otherwise(cached, new, known):
         found.append("question_word")
     if (cached.source >= 0 or new.source >= 0) and _turned_round(cached, new):
         found.append("direction")
     if cached.shape != new.shape:
         found.append("shape")
-    if cached.order != new.order or (cached.flags ^ new.flags) & PASSIVE:
-        found += _wording(cached, new, known)
+    if cached.order != new.order or turned & PASSIVE:
+        _wording(cached, new, known, found)
     return tuple(code for code in found if code not in off) if off else tuple(found)
+
+
+def _take_sides(left: frozenset[int], right: frozenset[int], bits: int) -> bool:
+    """Return whether each holds a member of one set of alternatives that the other does not hold."""
+    for code in right:
+        if code not in left:
+            for other in left:
+                if not (code ^ other) >> bits and other not in right:
+                    return True
+    return False
 
 
 def _denied_in_a_word(cached: int, new: int) -> bool:
@@ -97,11 +100,6 @@ def _asks_otherwise(cached: Profile, new: Profile, known: Lexicon) -> bool:
     if known.what == cached.question:
         return known.implied[new.question].isdisjoint(cached.terms)
     return known.what != new.question or known.implied[cached.question].isdisjoint(new.terms)
-
-
-def same_words(cached: Profile, new: Profile) -> bool:
-    """Return whether two questions differ only in words without content, in order or in inflection."""
-    return (cached.terms ^ new.terms) <= lexicon().light
 
 
 def _turned_round(cached: Profile, new: Profile) -> bool:
@@ -132,7 +130,7 @@ def _swapped(cached: Profile, new: Profile, known: Lexicon) -> bool:
     """Return whether two things change places ("does A call B", "does B call A")."""
     if len(cached.order) != len(new.order):
         return False
-    left, right = _canonical_order(cached, known), _canonical_order(new, known)
+    left, right = [*map(_canonical, cached.order)], [*map(_canonical, new.order)]
     if (cached.flags ^ new.flags) & PASSIVE:
         return left == right and len(left) > 2  # "views that use tables", "views used by tables"
     if left == right or sorted(left) != sorted(right):
@@ -158,66 +156,76 @@ def _swapped(cached: Profile, new: Profile, known: Lexicon) -> bool:
     )
 
 
-def _canonical_order(one: Profile, known: Lexicon) -> list[int]:
-    """Return the terms in their order, every word replaced by one that stands for all of its meaning."""
-    return [min(known.related.get(term, (term,))) for term in one.order]
+@lru_cache(maxsize=1 << 14)
+def _canonical(term: int) -> int:
+    """Return the term that stands for all terms of its meaning."""
+    return min(lexicon().related.get(term, (term,)))
 
 
-def _wording(cached: Profile, new: Profile, known: Lexicon) -> list[str]:
-    """Return the guards over the order of the terms and over those that only one of the questions holds."""
-    mine, theirs, related = cached.terms, new.terms, known.related
-    left, right = set(), set()
-    # Asked in the same way, both name what they ask for, and it has to be the same ("how much is the rent", "the fee").
-    alike = cached.question == new.question
-    implied = _NONE if alike else known.implied[new.question]
-    for term in mine:
-        if term not in theirs and (
-            term >= DIGEST or (term not in implied and (term not in related or related[term].isdisjoint(theirs)))
-        ):
-            left.add(term)
-    implied = _NONE if alike else known.implied[cached.question]
-    for term in theirs:
-        if term not in mine and (
-            term >= DIGEST or (term not in implied and (term not in related or related[term].isdisjoint(mine)))
-        ):
-            right.add(term)
+def _wording(cached: Profile, new: Profile, known: Lexicon, found: list[str]) -> None:
+    """Add the guards over the order of the terms and over those that only one of the questions holds."""
+    left, left_misspelt = _odd(cached, new, known)
+    right, right_misspelt = _odd(new, cached, known)
     if left and right:
-        # Most odd words are words of the lexicon, which are never misspelt.
-        if (max(left) >= DIGEST and _alike(left, cached, new)) or (max(right) >= DIGEST and _alike(right, new, cached)):
-            _drop_misspelt(left, right, cached, new)
-        phrases = known.parts.keys()
-        if not (phrases.isdisjoint(left) and phrases.isdisjoint(right)):
-            _drop_phrases(left, right, cached, new, known)
-    if not left or not right:
-        left = left - known.light  # "-=" would go through all of the long set
-        right = right - known.light
-    if not (left or right):
-        return ["order"] if _swapped(cached, new, known) else []
-    if (not left or not right) and (
-        cached.numbers & new.numbers or cached.names & new.names or cached.identifiers & new.identifiers
-    ):
-        left = left - known.category
-        right = right - known.category
-    found = []
+        if left_misspelt or right_misspelt:
+            left, right = _without_misspelt(left, right, cached, new)
+        if not (known.phrases.isdisjoint(left) and known.phrases.isdisjoint(right)):
+            left, right = _without_phrases(left, right, cached, new, known)
+    if not (left and right):
+        if left or right:
+            left, right = left - known.light, right - known.light
+        if not (left or right):
+            if _swapped(cached, new, known):
+                found.append("order")
+            return
+        if cached.numbers & new.numbers or cached.names & new.names or cached.identifiers & new.identifiers:
+            left, right = left - known.category, right - known.category
     odd = left | right
+    named = False
     if cached.identifiers != new.identifiers and not odd.isdisjoint(cached.identifiers | new.identifiers):
         found.append("identifier")
+        named = True
     if cached.names != new.names and not odd.isdisjoint(cached.names | new.names):
         found.append("entity")
-    if odd and (found or not _reworded(left, right, cached, new, known)):
+        named = True
+    if odd and (named or not known.alternatives.isdisjoint(odd) or not _reworded(left, right, cached, new, known)):
         found.append("substitution" if left and right else "restriction")
-    if left and len(left) == len(cached.terms) and right and len(right) == len(new.terms):
+    if len(left) == len(cached.terms) and len(right) == len(new.terms) and left and right:
         found.append("topic")
-    return found
 
 
-def _reworded(left: set[int], right: set[int], cached: Profile, new: Profile, known: Lexicon) -> bool:
+def _odd(one: Profile, other: Profile, known: Lexicon) -> tuple[frozenset[int], bool]:
+    """Return the terms that the other question does not say in any way, and whether one of them may be misspelt.
+
+    That is a word which no lexicon knows and which looks like a word of the other: two words of the lexicon are two.
+    """
+    theirs, related = other.terms, known.related
+    odd = one.terms - theirs
+    misspelt = False
+    for term in odd:
+        if term >= DIGEST:
+            look = one.spellings[one.order.index(term)]
+            # Of a word that is repeated, `_without_misspelt` sees every spelling.
+            if (look and look in other.spellings) or (len(one.order) > len(one.terms) and one.order.count(term) > 1):
+                misspelt = True
+        # Asked in the same way, both name what they ask for: it has to be the same ("how much is the rent", "the fee").
+        elif (one.question != other.question and term in known.implied[other.question]) or (
+            term in related and not related[term].isdisjoint(theirs)
+        ):
+            odd = odd - {term}  # a new set: the loop goes on over the old one
+    return odd, misspelt
+
+
+def _reworded(left: frozenset[int], right: frozenset[int], cached: Profile, new: Profile, known: Lexicon) -> bool:
     """Return whether the odd words come from another way to ask.
 
     A word that is put into an otherwise equal sentence changes what is asked ("flu", "flu in babies"; "my account",
     "my message"). Where the sentence is built anew, a few odd words mostly belong to the new construction, as long as
     the questions share more and none of the odd words is one of a set of alternatives. Names and codes never get here.
     """
+    around, others = cached.frame, new.frame
+    if around <= others or others <= around or len(around ^ others) < _NEW_CONSTRUCTION:
+        return False
     left, right = left - known.relations, right - known.relations
     many, more = len(left), len(right)
     if many > 3 or more > 3 or many + more > 5:
@@ -225,17 +233,13 @@ def _reworded(left: set[int], right: set[int], cached: Profile, new: Profile, kn
     needed = 2 if many + more < 3 else 3
     if len(cached.terms) - many < needed or len(new.terms) - more < needed:
         return False
-    around, others = cached.frame, new.frame
-    if len(around ^ others) < _NEW_CONSTRUCTION or around <= others or others <= around:
-        return False
-    odd = left | right
-    if not (known.graded.isdisjoint(odd) and known.narrowing.isdisjoint(odd)):
-        return False
     # "How do I cancel it", "what is the process for upgrading it": another act.
     return known.acts.isdisjoint(left) or known.acts.isdisjoint(right)
 
 
-def _drop_phrases(left: set[int], right: set[int], cached: Profile, new: Profile, known: Lexicon) -> None:
+def _without_phrases(
+    left: frozenset[int], right: frozenset[int], cached: Profile, new: Profile, known: Lexicon
+) -> tuple[frozenset[int], frozenset[int]]:
     """Take out phrases whose words stand apart in the other question ("word document", "document in Word")."""
     phrases = (
         {x for x in left if _stands_apart(x, new.terms, known)},
@@ -244,6 +248,7 @@ def _drop_phrases(left: set[int], right: set[int], cached: Profile, new: Profile
     parts = [{part for phrase in side for part in known.parts[phrase]} for side in phrases]
     left -= phrases[0] | {x for x in left if x in parts[1] or not known.related.get(x, _NONE).isdisjoint(parts[1])}
     right -= phrases[1] | {x for x in right if x in parts[0] or not known.related.get(x, _NONE).isdisjoint(parts[0])}
+    return left, right
 
 
 def _stands_apart(phrase: int, terms: frozenset[int], known: Lexicon) -> bool:
@@ -251,16 +256,9 @@ def _stands_apart(phrase: int, terms: frozenset[int], known: Lexicon) -> bool:
     return bool(parts) and all(part in terms or not known.related.get(part, _NONE).isdisjoint(terms) for part in parts)
 
 
-def _alike(odd: set[int], one: Profile, other: Profile) -> bool:
-    """Return whether an unknown odd word looks like a word of the other: two words of the lexicon are always two."""
-    looks = other.spellings
-    for term, digest in zip(one.order, one.spellings):  # noqa: B905  (of one length; this runs for most candidates)
-        if term >= DIGEST and digest in looks and digest and term in odd:
-            return True
-    return False
-
-
-def _drop_misspelt(left: set[int], right: set[int], cached: Profile, new: Profile) -> None:
+def _without_misspelt(
+    left: frozenset[int], right: frozenset[int], cached: Profile, new: Profile
+) -> tuple[frozenset[int], frozenset[int]]:
     """Take out of both sets the terms that are the same word but for swapped or doubled letters."""
     mine = {digest for term, digest in zip(cached.order, cached.spellings, strict=True) if term in left}
     theirs = {digest for term, digest in zip(new.order, new.spellings, strict=True) if term in right}
@@ -273,3 +271,4 @@ def _drop_misspelt(left: set[int], right: set[int], cached: Profile, new: Profil
         dropped = {term for term, digest in pairs if digest in unknown}
         left -= dropped
         right -= dropped
+    return left, right
