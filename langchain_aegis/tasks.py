@@ -38,10 +38,23 @@ def wants_answer(system: Sequence[str], around: Sequence[str], *, marked: bool =
         return not any(reading.orders for reading in readings)
     # Only a prompt that speaks of answering is trusted to tell its documents from its orders.
     readings = [_read(part, documents=2 if i < len(told) else 1) for i, part in enumerate(parts)]
-    if any(reading.orders or reading.loosely for reading in readings):
+    if any(reading.orders or reading.loosely for reading in readings) or any(map(_tells_work, around)):
         return False
     system_readings = readings[: len(told)]
     return marked or any(r.neutral for r in system_readings) or not any(r.speaks_of_work for r in system_readings)
+
+
+@lru_cache(maxsize=256)
+def _tells_work(part: str) -> bool:
+    """Return whether what stands around a question begins by telling what is done with it ("You sort tickets")."""
+    rules = _rules()
+    first = without_documents(normal(part)[:_BEGINNING]).strip().partition("\n\n")[0]  # documents come later
+    return any(
+        (rules["you_do"].match(sentence) or _is_ordered(sentence, rules))
+        and not rules["about_answers"].search(sentence)
+        and not rules["neutral"].match(sentence)
+        for sentence in _sentences(first)
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -75,7 +88,9 @@ def _is_ordered(sentence: str, rules: Rules) -> bool:
     verb = rules["verbs"].match(sentence, lead.end() if lead else 0)
     if verb is None:
         return False
-    return not (verb.group(0).lower() in _NOUNS and (sentence.endswith("?") or _NOUN_TAIL.match(sentence, verb.end())))
+    if verb.group(0).lower() not in _NOUNS or rules["object"].match(sentence, verb.end()):
+        return True
+    return not (sentence.endswith("?") or _NOUN_TAIL.match(sentence, verb.end()))
 
 
 def is_worked_on(exchanges: Sequence[Exchange]) -> bool:
@@ -109,6 +124,8 @@ def _signs(asked: str, reply: str) -> int:
 
 def ends_with_label(text: str) -> bool:
     """Return whether a prompt ends with a label that is no answer's, e.g. "SQLQuery:"."""
+    if (tag := _OPENED.search(text)) is not None:  # "<label>"
+        return _rules()["answer_labels"].fullmatch(tag[1].replace("_", " ")) is None
     last = text.rstrip().rpartition("\n")[2].strip(" *#_>-").rstrip()
     if not last.endswith((":", ":")) or len(last) > 80 or len(last.split()) > 6:
         return False
@@ -296,6 +313,7 @@ _BEGINNING, _END = 1500, 800  # characters of a text that may be all documents
 _LONGEST = 600  # characters of a sentence; documents hold longer ones, tables
 _GROUP = re.compile(r"\(\?:([^()]*)\)(\??)")
 _LETTERS = re.compile(r"[^\W\d_]+")
+_OPENED = re.compile(r"<([A-Za-zÄÖÜäöü_]{1,30})>\s*$")
 _QUOTE = re.compile(_LONG_QUOTE)
 _ARROW = re.compile(r"\s(?:->|=>|→|⇒)\s")
 _TIME = re.compile(r"^[^:]*\d:\d")
@@ -320,7 +338,8 @@ def _rules() -> Rules:
     word = r"(?:[\w/>'-]+\s+)"
     inside = r"(?:(?!(?:in|into|as|to|with|for|of|from|on|zu|mit|aus|als)\s)[\w'-]+\s+)"  # of one noun phrase
     on = rf"(?:{d['which']}\s+{inside}{{0,3}}?{d['input']}|{d['whole']})"
-    lead = rf"^(?:{m['leads']}\s+)*"
+    leads = rf"(?:{m['leads']}\s+)*"
+    lead = f"^{leads}"
     choice = rf"\b{d['classes']}\b['\"`]?\s*(?:[,/|]|,?\s*\b{d['between']})\s*['\"`]?(?:not\s+)?{d['classes']}\b"
     version = rf"{d['languages']}\s+(?:version|equivalent|translation|wording|text)"
     product = rf"(?:{d['product']}|{version})"
@@ -337,6 +356,7 @@ def _rules() -> Rules:
         "made_of_it": rf"\b{d['make']}\b\W+{inside}{{0,8}}?{product}(?!\w)",
         "made_with": rf"\b(?:answer|reply|respond|antworte)\w*\s+{word}{{0,4}}?(?:with|by|mit)\s+{word}{{0,3}}?"
         rf"{product}(?!\w)",
+        "you_do": rf"(?:you|du)\s+(?:\w+ly\s+)?(?!{d['not_doing']}(?!\w))[^\W\d_]{{3,}}(?!\w)",
         "mentioned": rf"\b{d['which']}\s+{inside}?{d['mentioned']}(?!\w)",
         "tables": r"\bsql\w*\b.{0,30}\b(?:tables?|schema|quer\w+|statements?)\b",
         "query": rf"\b{d['make_query']}\s+(?:(?!answer|response)\w+\s+){{0,3}}quer(?:y|ies)\b",
@@ -349,8 +369,10 @@ def _rules() -> Rules:
         "choice_alone": rf"^(?:{choice}|spam\s+or\s+not)[^?:.]{{0,30}}[:?]|[-–:]\s*{choice}\W*$",
         "one_word": rf"\b{d['one_word']}\b",
         "json": rf"\b(?:{d['make']}|respond)\b.{{0,30}}\bjson\b",
-        "asks_about_input": rf"(?:^|:\s*){d['asking']}\b.*\b(?:the|der|die|das)\s+(?:author|user|{d['input']})\b.*\?",
-        "lone": rf"{lead}{d['work']}(?:\s+{inside}?(?:code|text|it|them|everything|all))?\W*$",
+        "asks_about_input": rf"(?:^|:\s*){d['asking']}\b.*\b(?:the|this|that|der|die|das|dies\w+|folgende\w*)\s+"
+        rf"(?:author|user|{d['input']})\b.*\?",
+        "lone": rf"(?:{d['your_task']}\s*)?{leads}{d['work']}"
+        rf"(?:\s+{inside}?(?:code|text|it|them|everything|all))?\W*$",
         "neutral": rf"(?:\w+,\s+)?(?:(?:always|please|immer|bitte|stets)\s+)?{d['neutral']}(?!\w)"
         rf"|.{{0,40}}\b{d['persona']}\b",
         "context_label": rf"^[^\S\n]*(?:[>#*\-]+\s*)?(?:\w+\s+)?{d['context']}(?:\s+(?:is\s+)?(?:below|above))?"
@@ -360,6 +382,7 @@ def _rules() -> Rules:
         r"(?:\s+(?:in|auf)\s.{0,30})?(?:\s*\([^)]*\))?",
         "leads": rf"(?:{m['leads']}(?!\w)[\s,:]*)+",
         "verbs": rf"{m['verbs']}(?![\w'])",
+        "object": rf"\s+{m['objects']}(?!\w)",
         "these_texts": rf"\b{m['these']}\s+(?:[\w-]+\s+){{0,2}}?{m['texts']}(?!\w)(?!\s+(?:of|from)\b)",
         "made": rf"{lead}{m['makes']}\b\s+(?:[\w-]+\s+){{0,4}}?{m['products']}(?!\w)|^(?:which|what|welche)\s+sql\b",
         "heads": rf"\b(?:{m['heads']}|{d['work']}|{d['languages']})(?!\w)",
