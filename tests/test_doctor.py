@@ -15,7 +15,7 @@ from langchain_aegis.ollama.compose import check_compose
 from langchain_aegis.ollama.doctor import _judge_redis, _judge_window, check_files, check_servers, window_in_environment
 from langchain_aegis.ollama.environment import Variable, check_variables, read_env_file
 from langchain_aegis.ollama.findings import Finding, exit_code
-from langchain_aegis.ollama.knowledge import knowledge, version_tuple
+from langchain_aegis.ollama.knowledge import knowledge
 from langchain_aegis.settings import AegisSettings
 
 TABLE = knowledge()
@@ -45,25 +45,6 @@ def of_compose(tmp_path, text, **values):
 
 
 # -- The table ---------------------------------------------------------------------------------------------------
-
-
-def test_every_row_says_what_its_kind_needs():
-    for setting in TABLE.server.values():
-        if setting.reads == "no":
-            assert setting.instead, setting.name
-            assert setting.kind is None
-        else:
-            assert setting.effect and setting.kind and setting.since, setting.name
-        if setting.until:
-            assert version_tuple(setting.since) <= version_tuple(setting.until) < version_tuple(TABLE.verified)
-
-
-def test_what_is_recommended_instead_is_read():
-    """Advice that names another setting names one that works."""
-    for setting in TABLE.server.values():
-        word = setting.instead.partition(" ")[0]
-        if word.startswith("OLLAMA_"):
-            assert TABLE.server[word].reads == "yes", setting.name
 
 
 def test_what_applications_use_is_no_setting_of_the_server():
