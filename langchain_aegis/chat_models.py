@@ -53,6 +53,7 @@ from langchain_aegis.servers import addresses_of, admission_of
 from langchain_aegis.settings import AegisSettings, normalise_base_url
 from langchain_aegis.spread import Asks, Spread
 from langchain_aegis.traits import in_bulk
+from langchain_aegis.tuning import tuned
 
 
 class ChatAegis(CachedChat):
@@ -75,6 +76,9 @@ class ChatAegis(CachedChat):
         window_ms: 0: waiting calls run first come, first served, tenants in turn. Else those that share a long
             prefix, or model and runner options, are put next to each other while all slots are busy. Nobody waits
             longer for that than this, twice a service time, or 2 s, whichever is longest. Default `BATCH_WINDOW_MS`.
+        tuning: "dgx-spark", "workstation", "laptop" or "cpu": how long models stay loaded, how many calls run at once,
+            and how long to wait for an answer there, as `aegis plan` prints it; never an option of the model. "auto"
+            changes nothing.
         on_overflow: What happens to a prompt that does not fit into the model's window: "raise" an
             AegisContextOverflowError, or "warn" and let the server cut it.
         timeout: Seconds that a whole answer may take; default `AEGIS_DEADLINE_S`.
@@ -144,15 +148,13 @@ class ChatAegis(CachedChat):
     @model_validator(mode="after")
     def _set_clients(self) -> Self:
         """Take the place of ChatOllama's, which would build two clients for each model."""
-        if not self.tuning.strip():
-            raise AegisOptionError('tuning must be "auto" or the name of a tuning')
         if self.top_logprobs is not None and self.logprobs is None:
             self.logprobs = True
         if self.top_logprobs is not None and self.logprobs is False:
             raise AegisOptionError("top_logprobs needs logprobs=True")
         if self.keep_alive is not None:
             check_keep_alive(self.keep_alive)
-        settings = AegisSettings.from_env()
+        settings = tuned(AegisSettings.from_env(), self.tuning)
         self._default_keep_alive = settings.keep_alive
         # The smallest number that anybody asks for wins, so the default of all is not asked for.
         told = settings.max_concurrency if settings.max_concurrency != AegisSettings.max_concurrency else None
