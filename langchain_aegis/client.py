@@ -28,6 +28,7 @@ from langchain_aegis.loops import PerLoop
 from langchain_aegis.ndjson import MAX_TOTAL_BYTES, ChatParts, parse_object
 from langchain_aegis.refusals import refusal, translated
 from langchain_aegis.settings import normalise_base_url
+from langchain_aegis.telemetry import acounted, acounted_stream, counted, counted_stream
 
 _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=32, keepalive_expiry=15)
 _MAX_ERROR_BYTES = 65_536
@@ -114,6 +115,7 @@ class OllamaClient:
 
     # -- chat --
 
+    @counted
     def chat(self, body: Mapping[str, Any], *, timeouts: Timeouts | None = None, retries: int = 0) -> dict[str, Any]:
         """Return the whole answer to a `/api/chat` request, sent with `stream: false`.
 
@@ -125,6 +127,7 @@ class OllamaClient:
         answer = self._post("/api/chat", {**body, "stream": False}, timeouts, retries)
         return ChatParts().whole(answer)
 
+    @acounted
     async def achat(
         self, body: Mapping[str, Any], *, timeouts: Timeouts | None = None, retries: int = 0
     ) -> dict[str, Any]:
@@ -132,6 +135,7 @@ class OllamaClient:
         answer = await self._apost("/api/chat", {**body, "stream": False}, timeouts, retries)
         return ChatParts().whole(answer)
 
+    @counted_stream
     def chat_stream(
         self, body: Mapping[str, Any], *, timeouts: Timeouts | None = None, retries: int = 0
     ) -> Generator[dict[str, Any], None, None]:
@@ -178,6 +182,7 @@ class OllamaClient:
                     attempt.check()
             yield from parts.finish()
 
+    @acounted_stream
     async def achat_stream(
         self, body: Mapping[str, Any], *, timeouts: Timeouts | None = None, retries: int = 0
     ) -> AsyncGenerator[dict[str, Any], None]:

@@ -189,7 +189,7 @@ def cost_of(answer: Any) -> Cost:
     return Cost(seconds, read, written)
 
 
-class _Histogram:
+class Histogram:
     """Counts values by bucket; its owner holds the lock."""
 
     __slots__ = ("_bounds", "_counts", "_largest", "_total")
@@ -201,12 +201,14 @@ class _Histogram:
         self._largest = 0.0
 
     def add(self, value: float) -> None:
+        """Count one value."""
         self._counts[bisect_left(self._bounds, value)] += 1
         self._total += value
         if value > self._largest:
             self._largest = value
 
     def frozen(self) -> Distribution:
+        """Return what was counted."""
         return Distribution(self._bounds, tuple(self._counts), self._total, self._largest)
 
 
@@ -223,15 +225,15 @@ class Counts:
     def reset(self) -> None:
         """Begin at 0."""
         self._lock = threading.Lock()
-        self._lookup_s = {tier: _Histogram(SECONDS) for tier in TIERS}
-        self._update_s = _Histogram(SECONDS)
+        self._lookup_s = {tier: Histogram(SECONDS) for tier in TIERS}
+        self._update_s = Histogram(SECONDS)
         self._reasons: dict[str, int] = {}
         self._not_stored: dict[str, int] = {}
         self._tasks: dict[str, dict[str, int]] = {}  # by tier
         self._saved_s = 0.0
         self._input_tokens = 0
         self._output_tokens = 0
-        self._similarity = _Histogram(SIMILARITY)
+        self._similarity = Histogram(SIMILARITY)
         self._last: tuple[float, str] | None = None
         self._checked = 0
         self._wrong = 0
