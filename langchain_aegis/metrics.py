@@ -1,15 +1,16 @@
-"""What a cache counts, for Prometheus: `register(cache)`."""
+"""What a cache counts, for Prometheus: `register(cache)`; with all the rest for a web application: `asgi_app()`."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 try:
-    from prometheus_client import REGISTRY
+    from prometheus_client import REGISTRY, make_asgi_app
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 except ImportError as exc:
     raise ImportError(f"{exc}; run: pip install 'langchain-aegis[metrics]'", name=exc.name) from exc
@@ -17,10 +18,13 @@ except ImportError as exc:
 from langchain_aegis.counts import SIMILARITY, Distribution
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.forks import reset_after_fork
+from langchain_aegis.metrics_admission import register_admission
+from langchain_aegis.metrics_chat import register_chat
+from langchain_aegis.metrics_server import register_server
 from langchain_aegis.notices import warn_once
 from langchain_aegis.reasons import explain
 from langchain_aegis.results import CacheHealth, CacheStats
-from langchain_aegis.settings import AegisSettings
+from langchain_aegis.settings import AegisSettings, normalise_base_url
 
 PREFIX: Final = "aegis_cache"
 # Some of the bounds that are counted: Prometheus keeps a series for each.
@@ -233,3 +237,48 @@ def register(cache: Observed, registry: Any = None, *, health: bool = True) -> C
             "this registry shows a cache already: keep what register() returned, and show further ones with its add()"
         ) from exc
     return made
+
+
+def register_all(*caches: Observed, servers: Sequence[str] | None = None, registry: Any = None) -> None:
+    """Show everything in a Prometheus registry: chat calls, admission, servers and caches.
+
+    What the registry shows already stays as it is, so this may be called again.
+
+    Args:
+        caches: The caches to show.
+        servers: Addresses of Ollama servers; default `OLLAMA_BASE_URL`. Empty: no server is asked.
+        registry: A `CollectorRegistry`; default that of the process.
+
+    Raises:
+        AegisConfigError: One of the servers is no address.
+    """
+    told = [AegisSettings.from_env().ollama_base_url] if servers is None else servers
+    addresses = [normalise_base_url(address) for address in told]
+    with contextlib.suppress(AegisConfigError):  # what this says below: it is shown already
+        register_chat(registry)
+    with contextlib.suppress(AegisConfigError):
+        register_admission(registry)
+    if addresses:
+        with contextlib.suppress(AegisConfigError):
+            shown = register_server(addresses[0], registry)
+            for address in addresses[1:]:
+                shown.add(address)
+    if caches:
+        with contextlib.suppress(AegisConfigError):
+            collected = register(caches[0], registry)
+            for cache in caches[1:]:
+                collected.add(cache)
+
+
+def asgi_app(*caches: Observed, servers: Sequence[str] | None = None, registry: Any = None) -> Any:
+    """Return an ASGI application that answers Prometheus, for FastAPI, Starlette or a server of its own.
+
+    FastAPI: `app.mount("/metrics", asgi_app(cache))`. It answers whoever asks: keep that path inside.
+
+    Args:
+        caches: As for `register_all`, which is called.
+        servers: As for `register_all`.
+        registry: A `CollectorRegistry`; default that of the process.
+    """
+    register_all(*caches, servers=servers, registry=registry)
+    return make_asgi_app(REGISTRY if registry is None else registry)

@@ -33,7 +33,7 @@ ORDER = [
     "embeddings", "spread", "chat_models", "batching_chat", "batching_embeddings", "runnables", "recached",
     "fleet", "routing", "router", "cache", "middleware",
     "ollama",
-    "metrics", "metrics_admission",
+    "metrics_admission", "metrics_chat", "metrics_server", "metrics",
     "embedded", "testing",
     "demo",
     "cli_cache", "cli_top", "cli", "__main__",
