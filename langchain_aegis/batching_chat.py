@@ -27,6 +27,7 @@ from langchain_aegis.copies import whole
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.forwarding import ForwardingChatModel
 from langchain_aegis.kept_streams import KeptStream, may_look_up
+from langchain_aegis.late_messages import LateMessages
 from langchain_aegis.merging import chat_flights, key_of, reads_tokens
 from langchain_aegis.prefixes import prefix_of, traits_of_chat
 from langchain_aegis.replays import StreamEntry, consulted_by_core
@@ -323,7 +324,7 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
         self, wait: Wait, prompt: LanguageModelInput, kwargs: Mapping[str, Any], *,
         config: RunnableConfig | None = None, **how: Any,
     ) -> Entry[ChatResult]:  # fmt: skip
-        text = prompt if isinstance(prompt, str) else _Messages(self, prompt)
+        text = prompt if isinstance(prompt, str) else LateMessages(self, prompt)
         if config:
             with seen_config(config):
                 traits = traits_of_chat(self.inner, text, kwargs)
@@ -475,25 +476,6 @@ def _within(entry: Entry[ChatResult], *, leave: bool = True) -> Iterator[None]:
 def _sent(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of `generate` that reach the model."""
     return {k: v for k, v in kwargs.items() if k not in ("tags", "metadata", "run_name", "run_id")}
-
-
-class _Messages(Sequence[BaseMessage]):
-    """The messages of a prompt, made when they are read."""
-
-    def __init__(self, model: BatchingChatModel, prompt: LanguageModelInput) -> None:
-        self._model, self._prompt = model, prompt
-
-    def _made(self) -> list[BaseMessage]:
-        return self._model._convert_input(self._prompt).to_messages()
-
-    def __iter__(self) -> Iterator[BaseMessage]:
-        return iter(self._made())
-
-    def __len__(self) -> int:
-        return len(self._made())
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._made()[index]
 
 
 # LangChain inspects them with every call; found ready, that costs next to nothing.

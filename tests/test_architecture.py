@@ -23,7 +23,7 @@ ORDER = [
     "replies", "namespace", "scripts", "store", "connections", "sweeper",
     "counts", "telemetry",
     "attempts", "refusals", "ndjson", "client", "endpoint",
-    "traits", "prefixes",
+    "traits", "prefixes", "late_messages",
     "live", "bounds", "wakers", "tickets", "tallies", "queues", "admission", "balance", "pools", "progress",
     "bulk", "pulses", "broadcasts", "flights",
     "calls", "forwarding", "servers", "copies", "merging", "kept_streams",
