@@ -23,9 +23,13 @@ from langchain_aegis import (
     ChatAegis,
     aegis_scope,
 )
+from langchain_aegis.admission import Admission
 from langchain_aegis.notices import forget_warnings
+from langchain_aegis.pools import Pool
 from langchain_aegis.servers import admissions, server_of
+from langchain_aegis.spread import Spread
 from langchain_aegis.testing import ScriptedOllama
+from langchain_aegis.traits import NO_TRAITS
 
 NOWHERE = "http://127.0.0.1:9"
 LONG_S = 30
@@ -416,3 +420,32 @@ async def test_tenants_and_tools_go_their_way_as_on_one_server(servers):
         await asked.bind_tools([tool]).ainvoke("look it up")
     assert [row.tenant for row in asked.admission.stats().rows] == ["acme"]
     assert sum("tools" in chat for server in servers for chat in server.chats) == 1
+
+
+class Broken:
+    """The call of a server whose connection is lost after the first part of the answer."""
+
+    def parts(self):
+        yield {"message": {"content": "a"}, "done": False}
+        raise AegisConnectionError("gone")
+
+    async def aparts(self):
+        for part in self.parts():
+            yield part
+
+
+async def test_no_kind_of_loss_starts_an_answer_anew_that_has_begun():
+    asked = []
+
+    def at(address):
+        asked.append(address)
+        return Broken()
+
+    pool = Pool({"a": Admission(1), "b": Admission(1)})
+    spread = Spread(pool=pool, turn={"traits": NO_TRAITS}, at=at, client=None, recheck_s=30)
+    with pytest.raises(AegisConnectionError, match="gone"):
+        list(spread.parts())
+    with pytest.raises(AegisConnectionError, match="gone"):
+        [part async for part in spread.aparts()]
+    assert asked == ["a", "b"]
+    assert pool.busy == 0
