@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import weakref
@@ -15,7 +16,7 @@ from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.live import live
 from langchain_aegis.pools import Pool
-from langchain_aegis.settings import normalise_base_url
+from langchain_aegis.settings import normalise_base_url, redact_url
 
 _BOUNDS = ("max_concurrency", "max_waiting", "window_ms", "max_batch", "deadline_s")
 _ADDRESSES = ("base_url", "openai_api_base")
@@ -109,9 +110,19 @@ def pool_for(addresses: Iterable[str], *, max_concurrency: int | None = None, ma
 
 
 def admissions() -> dict[str, Admission]:
-    """Return the process's admissions by the address of their server; those of models that name none by a number."""
+    """Return the process's admissions by the address of their server; those of models that name none by a number.
+
+    The names are to be shown: a login in an address is left out.
+    """
     with _registry.lock:
-        named = {server: shared.admission for server, shared in _registry.servers.items()}
+        named: dict[str, Admission] = {}
+        for server, shared in _registry.servers.items():
+            shown = name = ", ".join(redact_url(each) for each in server.split(", "))
+            for at in itertools.count(2):  # the same server with another login
+                if name not in named:
+                    break
+                name = f"{shown} ({at})"
+            named[name] = shared.admission
         alone = {f"(no address) {at}": admission for at, admission in enumerate(_registry.alone, 1)}
     return named | alone
 

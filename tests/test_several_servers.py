@@ -231,6 +231,18 @@ def test_credentials_are_neither_shown_nor_serialised(servers, caplog):
     assert len(caplog.records) == 2
 
 
+def test_what_is_shown_of_admission_names_no_login():
+    """`aegis top` writes it to a file, Prometheus into labels."""
+    told = ("http://me:pa55word@shown:1", "http://you:pa55word@shown:1", "http://shown:1")
+    made = [ChatAegis("m", base_url=each)._admission for each in (*told, [told[0], "http://other:1"])]
+    shown = {name: admission for name, admission in admissions().items() if "shown:1" in name}
+    assert "pa55word" not in str(list(admissions()))
+    assert all(any(each is admission for admission in shown.values()) for each in made)
+    assert sorted(shown) == [
+        "http://***@shown:1", "http://***@shown:1 (2)", "http://***@shown:1, http://other:1", "http://shown:1",
+    ]  # fmt: skip
+
+
 async def test_each_server_gets_the_model_s_own_headers_and_its_own_connections(servers):
     asked = model(servers, client_kwargs={"headers": {"x-team": "blue"}}, sync_client_kwargs={"http2": False})
     for n in range(2):
