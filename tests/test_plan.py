@@ -143,7 +143,7 @@ def test_the_file_of_llama_has_the_published_size():
 def test_quality_levels_are_met_by_what_loses_less():
     best = [next(row.name for row in quantisations().values() if row.kl and meets(row, most))
             for most in quality_levels().values()]  # fmt: skip
-    assert best == ["Q8_0", "Q5_K_M", "Q4_K_S", "Q3_K_M", "Q2_K"]
+    assert best == ["Q8_0", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K"]
 
 
 @pytest.mark.parametrize("text", ["Q4_K_M", "q4_K_M", "q4km", "Q4-K-M"])

@@ -150,14 +150,19 @@ def settle(shape: Shape, wish: Layout, room: Room) -> Layout | None:
 
     The window comes first: a prompt that does not fit is refused, a call that waits for a slot is answered later.
     """
-    context = min(wish.context, shape.window or wish.context)
-    layout = replace(wish, context=context, slots=1 if shape.single_slot else wish.slots)
-    slots = min(layout.slots, most_slots(shape, layout, room))
+    wanted = possible(shape, wish)
+    slots = min(wanted.slots, most_slots(shape, wanted, room))
     if slots:
-        return replace(layout, slots=slots)
-    one = replace(layout, slots=1)
-    smaller = min(largest_context(shape, one, room), context)
-    return replace(one, context=smaller) if smaller >= min(SMALLEST_CONTEXT, context) else None
+        return replace(wanted, slots=slots)
+    one = replace(wanted, slots=1)
+    smaller = min(largest_context(shape, one, room), wanted.context)
+    return replace(one, context=smaller) if smaller >= min(SMALLEST_CONTEXT, wanted.context) else None
+
+
+def possible(shape: Shape, wish: Layout) -> Layout:
+    """Return the wish as far as the model can fulfil it, whatever the memory."""
+    slots = 1 if shape.single_slot else wish.slots
+    return replace(wish, slots=slots, context=min(wish.context, shape.window or wish.context))
 
 
 def _padded(tokens: int) -> int:

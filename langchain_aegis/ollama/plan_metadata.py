@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from langchain_aegis.ollama.plan_shape import Shape, has_single_slot, parse_size, sliding_layers
+from langchain_aegis.ollama.knowledge import knowledge
+from langchain_aegis.ollama.plan_shape import Shape, parse_size, sliding_layers
 
 _LARGE_VOCABULARY = 262_144
 
@@ -65,7 +66,7 @@ def of_metadata(name: str, shown: Mapping[str, Any], size_bytes: int) -> Shape |
         expert_parameters=in_experts,
         # The table of tokens is there twice if the rest leaves room for it; once is the careful guess.
         tied=not feed_forward or parameters < body + 1.5 * vocabulary * embedding,
-        single_slot=has_single_slot(architecture) or "completion" not in (shown.get("capabilities") or ["completion"]),
+        single_slot=_has_single_slot(architecture, shown.get("capabilities")),
         native=quantisation.upper().startswith("MXFP4"),
         assumed=tuple(assumed),
     )
@@ -77,6 +78,11 @@ def needs_lists(shown: Mapping[str, Any]) -> bool:
     names = ("head_count", "head_count_kv", "sliding_window_pattern")
     wanted = [f"{info.get('general.architecture')}.attention.{name}" for name in names]
     return any(name in info and not info[name] for name in wanted)
+
+
+def _has_single_slot(architecture: str, capabilities: Any) -> bool:
+    answers = not isinstance(capabilities, Sequence) or "completion" in capabilities
+    return not answers or knowledge().one_slot_for([architecture]) is not None
 
 
 def _cached(kv_heads: Sequence[int], own: Mapping[str, Any]) -> list[int]:

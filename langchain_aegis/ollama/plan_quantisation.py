@@ -72,7 +72,7 @@ def sources() -> Mapping[str, str]:
 
 
 def quality_levels() -> Mapping[str, float]:
-    """Return the names of quality targets and the largest divergence of each, from strict to lax."""
+    """Return the quality targets, from strict to lax: by how much perplexity may be above that of F16."""
     levels: Mapping[str, float] = _tables()["quality"]
     return levels
 
@@ -107,7 +107,7 @@ def check_quantisation(name: str) -> str:
 
 
 def check_quality(name: str) -> float:
-    """Return the largest divergence that a quality target allows.
+    """Return by how much a quality target lets perplexity be above that of F16.
 
     Raises:
         AegisConfigError: There is no such target.
@@ -125,9 +125,9 @@ def of_name(model: str) -> tuple[str, str | None]:
     return (head, found) if found else (model, None)
 
 
-def meets(row: Quantisation, largest_kl: float) -> bool:
-    """Return whether so little is lost; a model that was trained in it loses nothing."""
-    return row.native or (row.kl is not None and row.kl <= largest_kl)
+def meets(row: Quantisation, most: float) -> bool:
+    """Return whether no more is lost than a quality target allows; a model that was trained in it loses nothing."""
+    return row.native or (row.perplexity_ratio is not None and row.perplexity_ratio - 1 <= most)
 
 
 def _spelt(name: str) -> str | None:

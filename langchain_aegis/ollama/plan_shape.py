@@ -93,11 +93,6 @@ def sliding_layers(architecture: str, layers: int) -> list[bool] | None:
     return [i % period < period - 1 for i in range(layers)] if period else None
 
 
-def has_single_slot(architecture: str) -> bool:
-    """Return whether Ollama runs one answer of this architecture at a time, whatever it is told."""
-    return architecture in _tables()["single_slot"]["architectures"]
-
-
 def of_table(name: str, quantisation: str | None = None) -> Shape | None:
     """Return a model of the shipped table; None if it is not there.
 
