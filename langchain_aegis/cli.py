@@ -15,6 +15,7 @@ import typer
 
 from langchain_aegis import __version__
 from langchain_aegis.cli_cache import Json, OllamaUrl, RedisUrl, cache_app, print_json
+from langchain_aegis.cli_plan import plan
 from langchain_aegis.cli_top import top
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cache_app, name="cache")
+app.command()(plan)
 app.command()(top)
 
 

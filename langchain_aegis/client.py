@@ -274,13 +274,15 @@ class OllamaClient:
         """Return the models that are loaded."""
         return _models(await self._apost("/api/ps", None, timeouts))
 
-    def show(self, model: str, *, timeouts: Timeouts | None = None) -> dict[str, Any]:
-        """Return what the server knows about a model."""
-        return parse_object(self._post("/api/show", {"model": model}, timeouts))
+    def show(self, model: str, *, verbose: bool = False, timeouts: Timeouts | None = None) -> dict[str, Any]:
+        """Return what the server knows about a model; `verbose`: with lists, e.g. of all its tokens."""
+        body = {"model": model, "verbose": True} if verbose else {"model": model}
+        return parse_object(self._post("/api/show", body, timeouts))
 
-    async def ashow(self, model: str, *, timeouts: Timeouts | None = None) -> dict[str, Any]:
-        """Return what the server knows about a model."""
-        return parse_object(await self._apost("/api/show", {"model": model}, timeouts))
+    async def ashow(self, model: str, *, verbose: bool = False, timeouts: Timeouts | None = None) -> dict[str, Any]:
+        """Return what the server knows about a model; `verbose`: with lists, e.g. of all its tokens."""
+        body = {"model": model, "verbose": True} if verbose else {"model": model}
+        return parse_object(await self._apost("/api/show", body, timeouts))
 
     def close(self) -> None:
         """Close the connections of the threads; a later call opens new ones."""
