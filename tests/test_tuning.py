@@ -170,7 +170,9 @@ def test_flash_attention_is_switched_off_only_with_a_plain_cache(release):
 def test_releases_that_do_not_know_the_gb10_are_told_so():
     assert any("sm_121" in note for note in server_environment(named("dgx-spark"), version="0.11.10").notes)
     assert any("memory" in note for note in server_environment(named("dgx-spark"), version="0.12.5").notes)
-    assert not any("or later." in note for note in server_environment(named("workstation"), version="0.12.5").notes[:1])
+    assert any("stall" in note for note in server_environment(named("dgx-spark"), version="0.30.6").notes)
+    for name, release in (("dgx-spark", "0.24.0"), ("dgx-spark", "0.32.15"), ("workstation", "0.12.5")):
+        assert not any("or later." in note for note in server_environment(named(name), version=release).notes)
 
 
 def test_a_release_outside_of_the_table_is_said_to_be_one():

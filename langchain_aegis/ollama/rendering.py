@@ -58,7 +58,9 @@ def as_compose(environment: Environment, head: Sequence[str], room: Room) -> str
         '    security_opt: ["no-new-privileges:true"]',
     ]
     if room.shared:
-        lines += [f"    mem_limit: {room.budget_bytes // MIB}m # the rest is for everything else on the machine"]
+        # Measured on a GB10: graphistry/pygraphistry pull request 1671.
+        note = "does not bound what the GPU takes of it" if room.gpu else "the rest is for everything else here"
+        lines += [f"    mem_limit: {room.budget_bytes // MIB}m # main memory; {note}"]
     lines += [
         "    pids_limit: 2048 # runners have many threads",
         "    healthcheck:",

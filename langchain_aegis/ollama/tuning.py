@@ -14,8 +14,9 @@ from langchain_aegis.tuning import Line, OllamaTuning
 
 FlashAttention = Literal["auto", "on", "off"]
 # First release whose CUDA libraries hold code for compute capability 12.1 (CMakePresets.json, by tag), and first that
-# reads the GB10's memory (commit 8fafc8af7, "NVML fallback for unified memory GPUs").
-_SM_121_SINCE, _UNIFIED_MEMORY_SINCE = "0.11.11", "0.12.6"
+# reads the GB10's memory (pull request 12619, "NVML fallback for unified memory GPUs"), and first whose new runner
+# loads models there past the page cache (17286; large ones stalled before, issue 16480).
+_SM_121_SINCE, _UNIFIED_MEMORY_SINCE, _DIRECT_LOAD_SINCE = "0.11.11", "0.12.6", "0.32.2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ def server_environment(
         lines.append(flash)
     if kv_type != "f16":
         reason = f"keys and values take {kv_bits(kv_type):g} bits instead of 16, in all models; answers change a little"
-        source = "Ollama, docs/faq.mdx; llama.cpp pull request 7412"
+        source = "Ollama, docs/faq.mdx; llama.cpp pull request 21551"
         lines.append(Line(name="OLLAMA_KV_CACHE_TYPE", value=kv_type, reason=reason, source=source))
     read = [line for line in lines if knowledge().setting(line.name, release).status == "read"]
     since = {line.name: knowledge().server[line.name].since for line in lines if line not in read}
@@ -149,8 +150,11 @@ def _laid_out(lines: Sequence[Line], layout: Layout | None, fitted_to: str) -> l
 
 
 def _of_spark(release: str) -> list[str]:
-    if version_tuple(release) < version_tuple(_SM_121_SINCE):
-        return [f"Ollama {release} has no code for this GPU (sm_121); use {_SM_121_SINCE} or later."]
-    if version_tuple(release) < version_tuple(_UNIFIED_MEMORY_SINCE):
-        return [f"Ollama {release} cannot read this GPU's memory; use {_UNIFIED_MEMORY_SINCE} or later."]
+    number = version_tuple(release)
+    if number < version_tuple(_SM_121_SINCE):
+        return [f"Ollama {release} has no code for this GPU (sm_121); use {_DIRECT_LOAD_SINCE} or later."]
+    if number < version_tuple(_UNIFIED_MEMORY_SINCE):
+        return [f"Ollama {release} cannot read this GPU's memory; use {_DIRECT_LOAD_SINCE} or later."]
+    if version_tuple(knowledge().runner_since) <= number < version_tuple(_DIRECT_LOAD_SINCE):
+        return [f"Large models may stall while Ollama {release} loads them here; use {_DIRECT_LOAD_SINCE} or later."]
     return []
