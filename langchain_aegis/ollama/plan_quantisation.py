@@ -90,6 +90,13 @@ def kv_bits(kv_type: str) -> float:
     return bits
 
 
+def kv_perplexity_ratio(kv_type: str) -> float:
+    """Return the perplexity with a type of the KV cache, relative to f16."""
+    rows = _tables()["kv_cache"]
+    ratio: float = rows[kv_type]["perplexity"] / rows["f16"]["perplexity"]
+    return ratio
+
+
 def kv_types() -> list[str]:
     """Return the types of the KV cache that a plan can be made for."""
     return list(_tables()["kv_cache"])
