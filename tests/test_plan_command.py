@@ -122,6 +122,7 @@ def test_what_does_not_fit_is_code_1_as_a_table_and_an_error_as_a_file(aegis):
     code, out, _ = aegis("llama3.1:8b", *laptop, "--quantization", "q8_0")
     assert code == 1
     assert "Does not fit" in out
+    assert "--prompt-cache-mib 0" in out
     code, out, err = aegis("llama3.1:8b", *laptop, "--quantization", "q8_0", "--format", "env")
     assert (code, out) == (2, "")
     assert "--quantization Q5_K_M would" in err

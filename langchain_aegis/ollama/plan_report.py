@@ -257,6 +257,8 @@ def _said(shape: Shape, asked: Layout, layout: Layout | None, room: Room) -> lis
     if layout is None:
         missing = need(shape, replace(asked, slots=1, context=SMALLEST_CONTEXT), room).total - room.budget_bytes
         said.append(f"It does not fit: even one slot of {SMALLEST_CONTEXT:,} tokens needs {missing / GB:.1f} GB more.")
+        if room.shared and asked.prompt_cache_mib:
+            said.append("Prompts seen before take part of the memory; --prompt-cache-mib 0 gives them up.")
     elif layout != (wanted := possible(shape, asked)):
         said.append(f"Of {wanted.slots} slots of {wanted.context:,} tokens, {layout.slots} of {layout.context:,} fit.")
         half = settle(shape, replace(asked, kv_type="q8_0"), room) if asked.kv_type == "f16" else None
