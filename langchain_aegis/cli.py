@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from langchain_aegis import __version__
-from langchain_aegis.cli_cache import Json, OllamaUrl, RedisUrl, cache_app, print_json
+from langchain_aegis.cli_cache import Json, OllamaUrl, RedisUrl, cache_app
+from langchain_aegis.cli_doctor import doctor
 from langchain_aegis.cli_plan import plan
 from langchain_aegis.cli_top import top
-
-if TYPE_CHECKING:
-    from langchain_aegis.ollama.findings import Finding
 
 app = typer.Typer(
     name="aegis",
@@ -29,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cache_app, name="cache")
+app.command()(doctor)
 app.command()(plan)
 app.command()(top)
 
@@ -91,52 +89,3 @@ def demo(
         questions=questions,
     )
     raise typer.Exit(code)
-
-
-@app.command()
-def doctor(
-    compose: Annotated[list[Path] | None, typer.Option(help="Compose file to judge; may be repeated.")] = None,
-    env_file: Annotated[list[Path] | None, typer.Option(help="Env file to judge; may be repeated.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Judge the files only; ask no server.")] = False,
-    as_json: Json = False,
-    ollama_url: OllamaUrl = None,
-    redis_url: RedisUrl = None,
-) -> None:
-    """Say what the servers really are, and which settings do nothing. Sends no prompt and changes nothing.
-
-    Exit code: 0 fine, 1 warnings, 2 errors.
-    """
-    from langchain_aegis.errors import AegisConfigError
-    from langchain_aegis.ollama import doctor as checks
-    from langchain_aegis.ollama.findings import exit_code
-    from langchain_aegis.settings import AegisSettings, normalise_base_url
-
-    if offline and not (compose or env_file):
-        raise AegisConfigError("--offline judges files: name one with --compose or --env-file")
-    findings = list(checks.check_files(compose or [], env_file or []))
-    if not offline:
-        settings = AegisSettings.from_env().but(
-            ollama_base_url=normalise_base_url(ollama_url) if ollama_url else None, redis_url=redis_url
-        )
-        findings += checks.check_servers(settings, checks.window_in_environment(env_file or []))
-    if as_json:
-        print_json([finding.as_dict() for finding in findings])
-    else:
-        _print_findings(findings)
-    raise typer.Exit(exit_code(findings))
-
-
-def _print_findings(findings: Iterable[Finding]) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(soft_wrap=True)
-    colours = {"ok": "green", "info": "blue", "warning": "yellow", "error": "red"}
-    for finding in findings:
-        line = Text(f"{finding.severity:<7} ", style=colours[finding.severity])
-        line.append(f"{finding.code}: {finding.what}", style="default")
-        line.append(f"  [{finding.where}]", style="dim")
-        console.print(line)
-        for more in (finding.why, finding.fix):
-            if more:
-                console.print(Text(f"        {more}"))

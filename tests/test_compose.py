@@ -17,8 +17,10 @@ import yaml
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from langchain_aegis.ollama.compose import Service, _programs, check_compose
-from langchain_aegis.ollama.environment import check_variables, read_env_file
+from langchain_aegis.ollama.commands import of_health_check
+from langchain_aegis.ollama.compose import check_compose
+from langchain_aegis.ollama.env_files import read_env_file
+from langchain_aegis.ollama.environment import check_variables
 from langchain_aegis.ollama.knowledge import knowledge
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,10 +89,9 @@ def test_every_service_is_hardened(name):
 
 @pytest.mark.parametrize("name", SERVERS)
 def test_health_checks_call_what_the_image_has(name):
-    service = Service("", name, True, "", False, SERVICES[name])
-    programs, _ = _programs(SERVICES[name]["healthcheck"]["test"])
+    programs = of_health_check(SERVICES[name]["healthcheck"]["test"]).programs
     assert programs
-    assert set(programs) <= set(service.image.present)
+    assert set(programs) <= set(TABLE.image[name].present)
 
 
 @pytest.mark.parametrize("name", SERVERS)

@@ -12,10 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from langchain_aegis.ollama.compose import check_compose
-from langchain_aegis.ollama.doctor import _judge_redis, _judge_window, check_files, check_servers, window_in_environment
-from langchain_aegis.ollama.environment import Variable, check_variables, read_env_file
+from langchain_aegis.ollama.doctor import check_servers, read_files
+from langchain_aegis.ollama.env_files import Variable, read_env_file
+from langchain_aegis.ollama.environment import check_variables
 from langchain_aegis.ollama.findings import Finding, exit_code
 from langchain_aegis.ollama.knowledge import knowledge
+from langchain_aegis.ollama.redis_checks import judge_redis
+from langchain_aegis.ollama.server_checks import Told, judge_window
 from langchain_aegis.settings import AegisSettings
 
 TABLE = knowledge()
@@ -88,7 +91,7 @@ def test_values_that_the_server_misreads_are_found(name, good, bad):
         ({"OLLAMA_MAX_LOADED_MODELS": "1"}, "models-evict-each-other"),
         ({"OLLAMA_ORIGINS": "http://a, *"}, "any-web-page"), ({"OLLAMA_DEBUG_LOG_REQUESTS": "1"}, "prompts-logged"),
         ({"OLLAMA_KV_CACHE_TYPE": "q8_0", "OLLAMA_FLASH_ATTENTION": "0"}, "kv-cache-needs-flash-attention"),
-        ({"OLLAMA_NUM_PARALEL": "4"}, "setting-unknown"), ({"OLLAMA_MODEL": "x"}, "setting-unknown"),
+        ({"OLLAMA_NUM_PARALEL": "4"}, "setting-misspelt"), ({"OLLAMA_MODEL": "x"}, "setting-unknown"),
         ({"OLLAMA_GPU_OVERHEAD": "0"}, "setting-without-effect"),
     ],
 )  # fmt: skip
@@ -221,19 +224,55 @@ def test_an_env_file_of_a_service_is_judged_with_it(tmp_path):
     assert any(f.where.endswith("o.env:1 OLLAMA_NUM_CTX") for f in findings)
 
 
+BOUND = "redis-server --maxmemory 2gb --maxmemory-policy volatile-lru --requirepass x"
+
+
 @pytest.mark.parametrize(
     ("service", "expected"),
     [
-        ("ports: ['6379:6379']", {"port-exposed"}),
-        ("ports: ['127.0.0.1:6379:6379']", set()),
-        ("command: redis-server --requirepass x\n    healthcheck: {test: [CMD, redis-cli, ping]}",
-         {"health-check-proves-nothing"}),
-        ("healthcheck: {test: [CMD, redis-cli, ping]}", set()),
-        ("healthcheck: {test: [CMD, curl, localhost]}", {"health-check-cannot-run"}),
+        (f"command: {BOUND}", set()),
+        (f"command: {BOUND}\n    ports: ['127.0.0.1:6379:6379']", set()),
+        (f"command: {BOUND}\n    ports: ['6379:6379']", {"port-exposed"}),
+        (f"command: {BOUND}\n    healthcheck: {{test: [CMD, redis-cli, ping]}}", {"health-check-proves-nothing"}),
+        (f"command: {BOUND}\n    healthcheck: {{test: [CMD, redis-cli, -a, x, ping]}}", set()),
+        (f"command: {BOUND}\n    healthcheck: {{test: [CMD, curl, localhost]}}", {"health-check-cannot-run"}),
+        (f"command: {BOUND.replace('volatile', 'allkeys')}", {"redis-eviction"}),
+        (f"command: {BOUND.replace('volatile-lru', 'noeviction')}", {"redis-eviction"}),
+        (f"command: {BOUND.replace('--maxmemory-policy volatile-lru', '')}", {"redis-eviction"}),
+        (f"command: {BOUND.replace('--maxmemory 2gb', '')}", {"redis-memory"}),
+        (f"command: {BOUND.replace('2gb', '0')}", {"redis-memory"}),
+        (f"command: {BOUND.replace('--requirepass x', '')}", {"redis-no-password"}),
+        ("command: " + BOUND.replace("requirepass x", "requirepass ''"), {"redis-no-password"}),
+        ("command: [redis-server, --maxmemory, 2gb, --maxmemory-policy, volatile-lru, --requirepass, $$PW]", set()),
+        ("command: --maxmemory 2gb --maxmemory-policy volatile-lfu --requirepass x", set()),
+        ("command: redis-server /etc/redis.conf", set()),  # which is not here: nothing is known
+        ("command: redis-server /etc/redis.conf\n    volumes: ['./r.conf:/etc/redis.conf:ro']", {"redis-eviction"}),
+        (f"command: [sh, -c, 'exec {BOUND}']", {"redis-search"}),
+        (f"command: [sh, -c, 'exec docker-entrypoint.sh {BOUND}']", set()),
+        (f"entrypoint: {BOUND}", {"redis-search"}),
+        ("ports: ['6379:6379']", {"port-exposed", "redis-memory", "redis-no-password"}),
+        ("environment: {REDIS_PASSWORD: secret}", {"redis-memory", "redis-no-password"}),
     ],
 )  # fmt: skip
 def test_a_redis_service_is_judged_too(tmp_path, service, expected):
+    (tmp_path / "r.conf").write_text("# c\nrequirepass x\nmaxmemory 1gb\nmaxmemory-policy allkeys-lru\n")
     text = f"services:\n  cache:\n    image: redis:8.2.3\n    {service}\n"
+    assert codes(of_compose(tmp_path, text), "warning", "error") == expected
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        ("redis:7-alpine", {"redis-search"}), ("redis:6.2.14", {"redis-search"}),
+        ("valkey/valkey:8.1", {"redis-search"}),
+        ("redis:8", set()), ("redis:8.4-alpine", set()), ("docker.io/library/redis:8.2.3", set()),
+        ("redis/redis-stack-server:7.4.0-v3", set()), ("redis:alpine", {"image-unpinned"}),
+        ("redis", {"image-unpinned"}),
+        ("bitnami/redis:7.4", set()), ("ghcr.io/ours/redis:1", set()),
+    ],
+)  # fmt: skip
+def test_search_is_a_matter_of_the_image(tmp_path, image, expected):
+    text = f"services:\n  cache:\n    image: {image}\n    command: {BOUND}\n"
     assert codes(of_compose(tmp_path, text), "warning", "error") == expected
 
 
@@ -258,7 +297,7 @@ def test_no_service_breaks_the_doctor(tmp_path_factory, service):
 
 
 def test_files_that_are_not_there_are_errors(tmp_path):
-    findings = list(check_files([tmp_path / "no.yml"], [tmp_path / "no.env"]))
+    findings = read_files([tmp_path / "no.yml"], [tmp_path / "no.env"]).findings
     assert codes(findings, "error") == {"file-unreadable"}
     assert len(findings) == 2
 
@@ -294,42 +333,50 @@ def test_the_worst_finding_decides_the_exit_code():
 )
 def test_the_window_is_judged_by_what_is_loaded(window, longest, told, severity, says):
     shown = {"model_info": {"llama.context_length": longest}} if longest else {}
-    finding = _judge_window("w", "m:latest", window, shown, told)
+    finding = judge_window("w", "m:latest", window, shown, told)
     assert finding.severity == severity
     assert says in finding.what
 
 
 def test_the_modelfiles_own_window_is_known():
-    finding = _judge_window("w", "m:latest", None, {"parameters": "stop x\nnum_ctx                        16384"}, 8192)
+    finding = judge_window("w", "m:latest", None, {"parameters": "stop x\nnum_ctx                        16384"}, 8192)
     assert "16384 tokens (num_ctx of its Modelfile)" in finding.what
 
 
 @pytest.mark.parametrize(
-    ("memory", "indexes", "severity", "says"),
+    ("memory", "indexes", "wrong"),
     [
-        ({"maxmemory": 2**30, "maxmemory_policy": "volatile-lru"}, ["aegis:{p00}:idx:a:v1", "x"], "ok", "1 index of"),
-        ({"maxmemory": 0}, [], "ok", "no maxmemory"),
-        ({"maxmemory": 2**30, "maxmemory_policy": "noeviction"}, [], "warning", "noeviction"),
-        ({"maxmemory": 0}, None, "warning", "without search"),
-        ({}, [], "ok", "may not be asked"),
+        ({"maxmemory": 2**30, "maxmemory_policy": "volatile-lru"}, ["aegis:{p00}:idx:a:v1", "x"], set()),
+        ({"maxmemory": 0}, [], {"redis-memory"}),
+        ({"maxmemory": 2**30, "maxmemory_policy": "noeviction"}, [], {"redis-eviction"}),
+        ({"maxmemory": 2**30, "maxmemory_policy": "allkeys-lru"}, [], {"redis-eviction"}),
+        ({"maxmemory": 2**30, "maxmemory_policy": "volatile-lru"}, None, {"redis-search"}),
+        ({}, [], set()),
     ],
 )
-def test_redis_is_judged_by_search_and_memory(memory, indexes, severity, says):
-    finding = _judge_redis("w", {"redis_version": "8.2.3"}, memory, indexes, "aegis")
-    assert finding.severity == severity
-    assert says in finding.what
+def test_redis_is_judged_by_search_memory_and_eviction(memory, indexes, wrong):
+    findings = list(judge_redis("w", {"redis_version": "8.2.3"}, memory, indexes, "aegis"))
+    assert codes(findings, "warning", "error") == wrong
+    if indexes and memory:
+        assert "1 index of namespace aegis" in findings[0].what
 
 
-def test_the_window_is_told_by_an_env_file_first(tmp_path):
+def test_what_the_files_say_of_the_server_wins_over_the_environment(tmp_path):
     (tmp_path / "x.env").write_text("OLLAMA_CONTEXT_LENGTH=32768\n")
-    assert window_in_environment([tmp_path / "x.env"], {"OLLAMA_CONTEXT_LENGTH": "1"}) == 32768
-    assert window_in_environment([tmp_path / "none"], {"OLLAMA_CONTEXT_LENGTH": "8192"}) == 8192
-    assert window_in_environment([], {}) is None
+    environ = {"OLLAMA_CONTEXT_LENGTH": "1", "OLLAMA_NUM_PARALLEL": "2"}
+    assert read_files([], [tmp_path / "x.env"]).told(environ) == Told(32768, 2, False)
+    assert read_files([], []).told({"OLLAMA_CONTEXT_LENGTH": "8192"}) == Told(8192, None, False)
+    assert read_files([], []).told({"OLLAMA_CONTEXT_LENGTH": "big"}) == Told()
+    gpu = "deploy: {resources: {reservations: {devices: [{driver: nvidia}]}}}"
+    (tmp_path / "c.yml").write_text(CLEAN.replace("image:", f"{gpu}\n    image:"))
+    assert read_files([tmp_path / "c.yml"], [tmp_path / "x.env"]).told({}) == Told(8192, 4, True)
 
 
 # -- Live servers ------------------------------------------------------------------------------------------------
 
-FIVE = ["server", "version", "models", "window", "redis-search"]
+LINES = [
+    "server", "version", "models", "window", "model-on-cpu", "redis-search", "redis-memory", "redis-no-password",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -350,12 +397,12 @@ def ask(ollama, redis_url, told=None, **settings):
     """Run the doctor on live servers; returns code -> finding, the worst one of a code."""
     rank = ["ok", "info", "warning", "error"]
     url = getattr(ollama, "base_url", ollama)
-    findings = check_servers(AegisSettings(ollama_base_url=url, redis_url=redis_url, **settings), told)
+    findings = check_servers(AegisSettings(ollama_base_url=url, redis_url=redis_url, **settings), Told(window=told))
     found = {}
     for finding in findings:
         if finding.code not in found or rank.index(finding.severity) > rank.index(found[finding.code].severity):
             found[finding.code] = finding
-    assert list(found) == FIVE
+    assert [code for code in LINES if code in found] == list(found)
     return found
 
 
@@ -364,10 +411,11 @@ def load(ollama, model, **options):
     httpx.post(f"{ollama.base_url}/api/chat", json=body, timeout=30).raise_for_status()
 
 
-def test_five_lines_that_are_all_well(ollama, redis_url):
+def test_servers_that_are_all_well(ollama, redis_url):
     load(ollama, "chat:8b", num_ctx=16384)
     found = ask(ollama, redis_url, model_generation="chat:8b", model_embeddings="all-minilm")
-    assert {f.severity for f in found.values()} == {"ok"}
+    assert {code for code, f in found.items() if f.severity != "ok"} == {"model-on-cpu"}  # which is worth knowing
+    assert found["model-on-cpu"].severity == "info"
     assert "0." in found["version"].what
     assert "16384 tokens of the 32768" in found["window"].what
     assert "with search" in found["redis-search"].what
@@ -423,7 +471,8 @@ def test_a_model_that_is_not_loaded_is_said_to_be_so(ollama, redis_url):
 
 def test_a_server_that_is_not_there_is_an_error_and_the_rest_unknown(redis_url):
     found = ask("http://127.0.0.1:9", redis_url)
-    assert [found[code].severity for code in FIVE] == ["error", "info", "info", "info", "ok"]
+    assert [found[code].severity for code in LINES[:4]] == ["error", "info", "info", "info"]
+    assert found["redis-search"].severity == "ok"
 
 
 def test_a_server_that_is_no_ollama_is_an_error(ollama, redis_url):
@@ -467,7 +516,7 @@ def test_the_command_prints_findings_and_nothing_else_as_json(ollama, redis_url)
     )
     findings = json.loads(out)
     assert (code, err) == (0, "")
-    assert [f["code"] for f in findings] == FIVE
+    assert {f["code"] for f in findings} == set(LINES) - {"redis-no-password"}  # a socket needs none
     assert all(set(f) == {"code", "severity", "where", "what", "why", "fix"} for f in findings)
 
 

@@ -34,6 +34,7 @@ class Row:
         reads: "yes", "no" (ignored) or "barely" (read, with hardly any effect).
         since: First release that has it, None if no release did.
         until: Last release that read it, where it is gone.
+        barely_since: First release in which it has hardly any effect, where it had one before.
         default: Release -> what holds from it on where nothing is set.
         effect: What it does, in one sentence.
         needs: What must be there for it to work; empty if nothing.
@@ -45,6 +46,7 @@ class Row:
     reads: Literal["yes", "no", "barely"] = "yes"
     since: str | None = None
     until: str | None = None
+    barely_since: str | None = None
     default: Mapping[str, str] = field(default_factory=dict)
     effect: str = ""
     needs: str = ""
@@ -68,7 +70,8 @@ class Row:
             return "ignored"
         if self.since and release is not None and release < version_tuple(self.since):
             return "not yet"
-        return "read" if self.reads == "yes" else "barely"
+        full = self.barely_since and release is not None and release < version_tuple(self.barely_since)
+        return "read" if self.reads == "yes" or full else "barely"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +88,8 @@ class ServerSetting(Row):
     values: tuple[str, ...] = ()
     rename: str = ""
 
-    def misread(self, value: str) -> str | None:
-        """Say what the server makes of a `value` that it cannot read; None if it can read it."""
+    def misread(self, value: str, version: str | None = None) -> str | None:
+        """Say what a release (None: the newest known) makes of a `value` that it cannot read; None if it can."""
         text = bare(value)
         if not text:
             return None
@@ -97,7 +100,9 @@ class ServerSetting(Row):
         if self.kind == "duration" and not (_NUMBER.fullmatch(text) or _DURATION.fullmatch(text)):
             return "is no duration such as 30m, so the default of 5m is used"
         if self.values and text.lower() not in self.values:
-            return f"is none of {', '.join(self.values)}; every model fails to load"
+            old = version is not None and version_tuple(version) < version_tuple(knowledge().runner_since)
+            then = "so f16 is used" if old else "so every model fails to load"
+            return f"is none of {', '.join(self.values)}, {then}"
         return None
 
 
@@ -253,7 +258,9 @@ class Knowledge:
         return None
 
     def nearest(self, name: str) -> str | None:
-        """Return the setting that `name` is probably a misspelling of."""
+        """Return the setting that `name` is probably a misspelling of; None for a name that applications use."""
+        if name in self.application:
+            return None
         prefix, _, rest = name.upper().replace("-", "_").partition("_")
         if prefix != "OLLAMA" and not difflib.get_close_matches(prefix, ["OLLAMA"], n=1, cutoff=0.8):
             return None
