@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from langchain_aegis import __version__
+from langchain_aegis.cli_bench import bench_app
 from langchain_aegis.cli_cache import Json, OllamaUrl, RedisUrl, cache_app
 from langchain_aegis.cli_doctor import doctor
 from langchain_aegis.cli_plan import plan
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cache_app, name="cache")
+app.add_typer(bench_app, name="bench")
 app.command()(doctor)
 app.command()(plan)
 app.command()(top)

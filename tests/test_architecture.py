@@ -36,7 +36,8 @@ ORDER = [
     "metrics_admission", "metrics_chat", "metrics_server", "metrics",
     "embedded", "testing",
     "demo",
-    "cli_cache", "cli_plan", "cli_top", "cli_doctor", "cli", "__main__",
+    "bench",
+    "cli_cache", "cli_plan", "cli_top", "cli_doctor", "cli_bench", "cli", "__main__",
 ]  # fmt: skip
 
 # importer -> imported, against the order, each with its reason.
