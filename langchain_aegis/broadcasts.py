@@ -17,6 +17,7 @@ from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from langchain_aegis.own_errors import own_error
 from langchain_aegis.pulses import Pulse
 from langchain_aegis.tickets import Ticket
 from langchain_aegis.wakers import Waker, running_loop
@@ -334,20 +335,3 @@ def _wake(wakers: set[Waker]) -> None:
     for waker in wakers:
         with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits there any more
             waker.wake()
-
-
-def own_error(error: Exception) -> Exception:
-    """Return another instance of `error`, or `error` itself if its class makes none."""
-    try:
-        twin = copy.copy(error)
-    except Exception:  # a constructor with other arguments than `args`
-        try:
-            twin = type(error).__new__(type(error), *error.args)
-            twin.__dict__.update(error.__dict__)
-        except Exception:  # an extension type without a constructor
-            return error
-    if type(twin) is not type(error) or str(twin) != str(error):
-        return error
-    if notes := getattr(error, "__notes__", None):
-        twin.__notes__ = list(notes)
-    return twin

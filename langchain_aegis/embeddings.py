@@ -1,22 +1,33 @@
-"""Embeddings on Ollama whose concurrent queries become few requests."""
+"""Embeddings on Ollama whose concurrent calls become few requests."""
 
 from __future__ import annotations
 
-import asyncio
-import copy
 import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextvars import Context
-from typing import Any, Self
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from langchain_core.utils.utils import secret_from_env
 from langchain_ollama.embeddings import OllamaEmbeddings
 from pydantic import Field, PrivateAttr, SecretStr, ValidationError, model_validator
 
 from langchain_aegis.client import OllamaClient
+from langchain_aegis.embedding_requests import Embed, Vector
 from langchain_aegis.endpoint import Endpoint
-from langchain_aegis.errors import AegisConfigError, AegisError, AegisRequestError, AegisServerError
-from langchain_aegis.loops import PerLoop
+from langchain_aegis.errors import AegisConfigError, AegisServerError
+from langchain_aegis.forks import reset_after_fork
+from langchain_aegis.gathered_embeddings import (
+    MAX_BATCH,
+    MAX_BATCH_CHARS,
+    GatheredEmbeddings,
+    Kept,
+    LearnDigest,
+    check_batch,
+    check_cache,
+)
+from langchain_aegis.identity import EXECUTION_OPTIONS, normalise_model
 from langchain_aegis.options import (
     ALIASES,
     MODEL_OPTIONS,
@@ -28,17 +39,18 @@ from langchain_aegis.options import (
 )
 from langchain_aegis.settings import AegisSettings, normalise_base_url
 
-MAX_BATCH = 64
+if TYPE_CHECKING:
+    from langchain_aegis.embedding_cache import AegisEmbeddingCache
 
-Vector = list[float]
+_MAX_SHARED: Final = 64  # kinds of requests for which a client's concurrent calls are gathered
 
 
 class AegisEmbeddings(OllamaEmbeddings):
-    """OllamaEmbeddings with a shared transport, checked answers and merged queries.
+    """OllamaEmbeddings with a shared transport, checked answers and few requests.
 
-    `aembed_query` calls that run at the same time in an event loop share requests: while one is under way, the texts
-    that come gather and go together in the next. Nobody waits while the server is idle. Documents are sent in
-    batches of 64.
+    Calls of any kind that run at the same time share requests, each text once: while one is under way, the texts that
+    come gather and go together into the next. Nobody waits while nothing is under way. Each event loop gathers its
+    own, and all threads together theirs. A text that the server refuses fails only the calls that hold it.
 
     Args:
         model: Name of the model; default `OLLAMA_MODEL_EMBEDDINGS`.
@@ -49,6 +61,9 @@ class AegisEmbeddings(OllamaEmbeddings):
             AegisContextOverflowError) instead of embedding its beginning.
         timeout: Seconds that one request may take; default `AEGIS_DEADLINE_S`.
         max_retries: How often a request is repeated while the server is overloaded or cannot be reached.
+        max_batch: Most texts of a request.
+        max_batch_chars: Most characters of a request's texts together; a longer text goes alone.
+        cache: Keeps vectors; default: none are kept.
         api_key: Sent as bearer token; default `OLLAMA_API_KEY`.
 
     Raises:
@@ -63,6 +78,9 @@ class AegisEmbeddings(OllamaEmbeddings):
     max_retries: int | None = Field(default=None, ge=0, le=10)
     api_key: SecretStr | None = Field(default_factory=secret_from_env("OLLAMA_API_KEY", default=None), repr=False)
     num_batch: int | None = None
+    max_batch: int = MAX_BATCH
+    max_batch_chars: int = MAX_BATCH_CHARS
+    cache: Any = Field(default=None, exclude=True, repr=False)
     client_kwargs: dict[str, Any] | None = Field(default={}, exclude=True, repr=False)
     sync_client_kwargs: dict[str, Any] | None = Field(default={}, exclude=True, repr=False)
     async_client_kwargs: dict[str, Any] | None = Field(default={}, exclude=True, repr=False)
@@ -90,6 +108,8 @@ class AegisEmbeddings(OllamaEmbeddings):
     def _set_clients(self) -> Self:
         """Take the place of OllamaEmbeddings', which would build two clients for each object."""
         settings = AegisSettings.from_env()
+        check_batch(self.max_batch, self.max_batch_chars)
+        check_cache(self.cache)
         if self.keep_alive is not None:
             check_keep_alive(self.keep_alive)
         self._default_keep_alive = settings.keep_alive
@@ -108,50 +128,49 @@ class AegisEmbeddings(OllamaEmbeddings):
         return self
 
     def embed_documents(self, texts: list[str]) -> list[Vector]:
-        """Return one vector for each text, in their order.
+        """Return one vector for each text, in their order; may share requests with other calls.
 
         Raises:
             AegisError: The server cannot be reached, refused a text, or sent no usable vectors.
         """
-        found: dict[str, Vector] = {}
-        for batch in _batches(texts):
-            answer = self._server.embed(self._body(batch), **self._endpoint.bounds())
-            found.update(zip(batch, self._vectors(answer, batch), strict=True))
-        return [found[text] for text in texts]
+        return self._gathered.embed(_checked(texts), self._requests, documents=True)
 
     def embed_query(self, text: str) -> Vector:
         """Return the vector of one text; see `embed_documents`."""
-        return self.embed_documents([text])[0]
+        return self._gathered.embed(_checked([text]), self._requests)[0]
 
     async def aembed_documents(self, texts: list[str]) -> list[Vector]:
         """Return one vector for each text, in their order; see `embed_documents`."""
-        found: dict[str, Vector] = {}
-        for batch in _batches(texts):
-            found.update(zip(batch, await self._arequest(batch), strict=True))
-        return [found[text] for text in texts]
+        return await self._gathered.aembed(_checked(texts), self._requests, documents=True)
 
     async def aembed_query(self, text: str) -> Vector:
-        """Return the vector of one text; calls that run at the same time share requests."""
-        gathering = _gatherings.get()
-        key = (self._server, repr(self._body([])), self._endpoint.timeouts, self._endpoint.retries)
-        merger = gathering.get(key)
-        if merger is None:
-            merger = gathering[key] = _Merger(self._arequest, lambda: gathering.pop(key, None))
-        return await merger.get(text)
-
-    async def _arequest(self, texts: list[str]) -> list[Vector]:
-        answer = await self._server.aembed(self._body(texts), **self._endpoint.bounds())
-        return self._vectors(answer, texts)
+        """Return the vector of one text; see `embed_documents`."""
+        return (await self._gathered.aembed(_checked([text]), self._requests))[0]
 
     @property
-    def _server(self) -> OllamaClient:
-        return self._endpoint.client(self.base_url)
+    def _requests(self) -> _Requests:
+        return _Requests(
+            self._endpoint.client(self.base_url), self._body(), self._endpoint.bounds(), self.dimensions, self.cache
+        )
 
-    def _body(self, texts: Sequence[str]) -> dict[str, Any]:
+    @property
+    def _gathered(self) -> GatheredEmbeddings:
+        """What all objects share that would send the same requests to the same server."""
+        requests = self._requests
+        key = (repr(requests.body), repr(requests.bounds), self.max_batch, self.max_batch_chars, id(self.cache))
+        return _shared.get(requests.client, key, self._make_gathered)
+
+    def _make_gathered(self) -> GatheredEmbeddings:
+        return GatheredEmbeddings(
+            kept=None if self.cache is None else kept_of(self, self.cache, learns=True),
+            max_batch=self.max_batch,
+            max_chars=self.max_batch_chars,
+        )
+
+    def _body(self) -> dict[str, Any]:
         values = self.__dict__
         fields = {
             "model": self.model,
-            "input": list(texts),
             "truncate": self.truncate,
             "dimensions": self.dimensions,
             "keep_alive": check_keep_alive(self._default_keep_alive if self.keep_alive is None else self.keep_alive),
@@ -159,107 +178,130 @@ class AegisEmbeddings(OllamaEmbeddings):
         }
         return {name: value for name, value in fields.items() if value is not None}
 
+
+def kept_of(embeddings: OllamaEmbeddings, cache: AegisEmbeddingCache, *, learns: bool) -> Kept:
+    """Return what a cache keeps of a model of Ollama's."""
+    values = embeddings.__dict__
+    fields = {
+        "dimensions": embeddings.dimensions,
+        "truncate": values.get("truncate") is not False,
+        "options": {
+            name: value
+            for name in MODEL_OPTIONS
+            if name not in EXECUTION_OPTIONS and (value := values.get(name)) is not None
+        },
+    }
+    return Kept(cache, fields, normalise_model(embeddings.model), learns=learns)
+
+
+class _Requests:
+    """Sends one model's requests.
+
+    Args:
+        client: To its server.
+        body: Of its requests, without the texts.
+        bounds: How long, and how often.
+        dimensions: What the vectors must have, if it is known.
+        cache: Asked for what flows want of Redis.
+    """
+
+    def __init__(
+        self,
+        client: OllamaClient,
+        body: Mapping[str, Any],
+        bounds: Mapping[str, Any],
+        dimensions: int | None,
+        cache: AegisEmbeddingCache | None,
+    ) -> None:
+        self.client = client
+        self.body = body
+        self.bounds = bounds
+        self._dimensions = dimensions
+        self._cache = cache
+
+    def perform(self, step: Any) -> Any:
+        """Do a step of a flow, blocking."""
+        if isinstance(step, Embed):
+            return self._vectors(self.client.embed({**self.body, "input": step.texts}, **self.bounds), step.texts)
+        if isinstance(step, LearnDigest):
+            return digest_in(self.client.tags(timeouts=self.bounds["timeouts"]), self.body["model"])
+        return self._cache.perform(step) if self._cache is not None else None
+
+    async def aperform(self, step: Any) -> Any:
+        """Do a step of a flow in the running event loop."""
+        if isinstance(step, Embed):
+            answer = await self.client.aembed({**self.body, "input": step.texts}, **self.bounds)
+            return self._vectors(answer, step.texts)
+        if isinstance(step, LearnDigest):
+            return digest_in(await self.client.atags(timeouts=self.bounds["timeouts"]), self.body["model"])
+        return await self._cache.aperform(step) if self._cache is not None else None
+
     def _vectors(self, answer: dict[str, Any], texts: Sequence[str]) -> list[Vector]:
         """Return the vectors of an answer, checked: a wrong one would find wrong neighbours."""
-        vectors = answer.get("embeddings")
+        model, vectors = self.body["model"], answer.get("embeddings")
         if not isinstance(vectors, list) or len(vectors) != len(texts):
             sent = len(vectors) if isinstance(vectors, list) else "no"
-            raise AegisServerError(f"{self.model} sent {sent} vectors for {len(texts)} texts")
+            raise AegisServerError(f"{model} sent {sent} vectors for {len(texts)} texts")
         for vector in vectors:
             if not isinstance(vector, list) or not vector or len(vector) != len(vectors[0]):
-                raise AegisServerError(f"{self.model} sent vectors of different lengths, or empty ones")
+                raise AegisServerError(f"{model} sent vectors of different lengths, or empty ones")
             try:
                 finite = math.isfinite(sum(vector))  # one NaN or infinity makes the sum one
             except (TypeError, OverflowError):
                 finite = False
             if not finite:
-                raise AegisServerError(f"{self.model} sent a vector that holds something other than finite numbers")
-        if self.dimensions is not None and vectors and len(vectors[0]) != self.dimensions:
+                raise AegisServerError(f"{model} sent a vector that holds something other than finite numbers")
+        if self._dimensions is not None and len(vectors[0]) != self._dimensions:
             raise AegisServerError(
-                f"{self.model} sent {len(vectors[0])} dimensions where {self.dimensions} were asked for",
+                f"{model} sent {len(vectors[0])} dimensions where {self._dimensions} were asked for",
                 retryable=False,
             )
         return vectors
 
 
-class _Merger:
-    """Merges the texts that come while a request is under way into the next one; for one event loop.
-
-    Exists while there is something to do: `idle` is called when there is not.
-    """
-
-    def __init__(self, request: Callable[[list[str]], Awaitable[list[Vector]]], idle: Callable[[], object]) -> None:
-        self._request = request
-        self._idle = idle
-        self._waiting: dict[str, list[asyncio.Future[Vector]]] = {}
-        self._flying: dict[str, list[asyncio.Future[Vector]]] = {}
-        self._task: asyncio.Task[None] | None = None
-
-    async def get(self, text: str) -> Vector:
-        future: asyncio.Future[Vector] = asyncio.get_running_loop().create_future()
-        place = self._flying if text in self._flying else self._waiting
-        place.setdefault(text, []).append(future)
-        if self._task is None:
-            # A shared request belongs to no caller: it runs in a context without anybody's variables.
-            self._task = asyncio.get_running_loop().create_task(self._run(), context=Context())
-        return await future  # a caller that leaves takes only its own future along
-
-    async def _run(self) -> None:
-        try:
-            await asyncio.sleep(0)  # calls of the same moment go together
-            while self._waiting:
-                for text in list(self._waiting)[:MAX_BATCH]:
-                    futures = [future for future in self._waiting.pop(text) if not future.done()]
-                    if futures:
-                        self._flying[text] = futures
-                if self._flying:
-                    await self._fly(list(self._flying))
-        finally:
-            self._idle()
-            self._task = None
-            for futures in (*self._waiting.values(), *self._flying.values()):  # the loop ends, or a bug
-                for future in futures:
-                    future.cancel()
-            self._waiting.clear()
-            self._flying.clear()
-
-    async def _fly(self, texts: list[str]) -> None:
-        try:
-            vectors = await self._request(texts)
-        except AegisRequestError as exc:
-            # One of them is refused: the halves tell which, and the others get their vectors.
-            if len(texts) == 1:
-                self._fail(texts, exc)
-            else:
-                await self._fly(texts[: len(texts) // 2])
-                await self._fly(texts[len(texts) // 2 :])
-        except AegisError as exc:
-            self._fail(texts, exc)
-        except Exception as exc:  # whatever it is, nobody must wait for ever
-            self._fail(texts, AegisServerError(f"embedding failed: {type(exc).__name__}: {exc}"), exc)
-        else:
-            for text, vector in zip(texts, vectors, strict=True):
-                for number, future in enumerate(self._flying.pop(text)):
-                    if not future.done():
-                        future.set_result(list(vector) if number else vector)
-
-    def _fail(self, texts: list[str], error: AegisError, cause: Exception | None = None) -> None:
-        for text in texts:
-            for future in self._flying.pop(text):
-                if not future.done():
-                    own = copy.copy(error)  # tracebacks grow with each raise, so nobody shares one
-                    own.__cause__ = cause or error
-                    future.set_exception(own)
+def digest_in(tags: Sequence[Mapping[str, Any]], model: str) -> str | None:
+    """Return a model's digest, from what the server says about those it has; None if it says none."""
+    name = normalise_model(model)
+    for card in tags:
+        if name in (card.get("model"), card.get("name")):
+            digest = card.get("digest")
+            return digest if isinstance(digest, str) and digest else None
+    return None
 
 
-async def _nothing(_: object) -> None:
-    """Close nothing: mergers hold no connection."""
+def _checked(texts: Sequence[str]) -> Sequence[str]:
+    given: object = texts
+    if isinstance(given, str):
+        raise AegisConfigError("embed_documents takes a list of texts; use embed_query for one text")
+    for text in texts:
+        if not isinstance(text, str):
+            raise AegisConfigError(f"only texts can be embedded, got {type(text).__name__}")
+    return texts
 
 
-_gatherings: PerLoop[dict[object, _Merger]] = PerLoop(dict, _nothing)
+class _Shared:
+    """The gathered embeddings of each client, for as long as the client lives."""
+
+    def __init__(self) -> None:
+        self._of: weakref.WeakKeyDictionary[OllamaClient, OrderedDict[object, GatheredEmbeddings]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self.reset()
+        reset_after_fork(self)
+
+    def reset(self) -> None:
+        """Take a new lock: another thread of the parent may have held the old one."""
+        self._lock = threading.Lock()
+
+    def get(self, client: OllamaClient, key: object, make: Callable[[], GatheredEmbeddings]) -> GatheredEmbeddings:
+        with self._lock:
+            of_client = self._of.setdefault(client, OrderedDict())
+            if (found := of_client.get(key)) is None:
+                found = of_client[key] = make()
+            of_client.move_to_end(key)
+            while len(of_client) > _MAX_SHARED:  # whoever still uses it keeps it
+                of_client.popitem(last=False)
+            return found
 
 
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    distinct = list(dict.fromkeys(texts))
-    for start in range(0, len(distinct), MAX_BATCH):
-        yield distinct[start : start + MAX_BATCH]
+_shared = _Shared()

@@ -16,9 +16,10 @@ from contextvars import Context
 from typing import Any, Generic, TypeVar
 
 from langchain_aegis.admission import Wait
-from langchain_aegis.broadcasts import Flight, Forms, Source, own_error
+from langchain_aegis.broadcasts import Flight, Forms, Source
 from langchain_aegis.errors import AegisDeadlineError, AegisStreamError
 from langchain_aegis.forks import reset_after_fork
+from langchain_aegis.own_errors import own_error
 from langchain_aegis.tickets import Ticket
 from langchain_aegis.wakers import Waker, running_loop
 

@@ -7,6 +7,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from conftest import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.embeddings import Embeddings
@@ -73,7 +74,8 @@ async def settle(turns=30):
 
 def idle(wrapper):
     stats = wrapper.admission.stats()
-    return (stats.running, stats.waiting, stats.waiting_bulk, wrapper._queues) == (0, 0, 0, {})
+    gathered = wrapper._documents.idle and wrapper._queries.idle
+    return (stats.running, stats.waiting, stats.waiting_bulk, gathered) == (0, 0, 0, True)
 
 
 @pytest.fixture
@@ -81,20 +83,35 @@ def inner():
     return Fake()
 
 
-async def test_sixty_four_queries_are_two_requests(inner):
+async def test_sixty_four_queries_are_one_request(inner):
     wrapper = BatchingEmbeddings(inner)
     texts = [f"text {i}" for i in range(64)]
     async with asyncio.timeout(LONG_S):
         vectors = await asyncio.gather(*(wrapper.aembed_query(t) for t in texts))
     assert vectors == [vector(t) for t in texts]
-    assert [len(r) for r in inner.requests] == [1, 63]
+    assert [len(r) for r in inner.requests] == [64]
     assert idle(wrapper)
+
+
+async def test_what_comes_while_a_request_is_under_way_goes_together(inner):
+    """Nobody waits while nothing is under way."""
+    inner.gate = asyncio.Event()
+    wrapper = BatchingEmbeddings(inner)
+    first = asyncio.create_task(wrapper.aembed_query("first"))
+    await settle()
+    assert inner.requests == [["first"]]
+    later = [asyncio.create_task(wrapper.aembed_query(f"later {i}")) for i in range(9)]
+    await settle()
+    inner.gate.set()
+    async with asyncio.timeout(LONG_S):
+        await asyncio.gather(first, *later)
+    assert [len(r) for r in inner.requests] == [1, 9]
 
 
 async def test_a_text_is_sent_once_and_each_caller_has_a_list_of_its_own(inner):
     wrapper = BatchingEmbeddings(inner)
     vectors = await asyncio.gather(*(wrapper.aembed_query(t) for t in ["a", "b", "a", "c", "b", "b"]))
-    assert inner.requests == [["a"], ["b", "c"]]
+    assert inner.requests == [["a", "b", "c"]]
     assert vectors[1] == vectors[4] == vectors[5]
     vectors[1].append(0.0)
     assert vectors[4] == vector("b")
@@ -107,7 +124,7 @@ async def test_one_bad_text_fails_its_own_callers_only(inner):
     assert [r for r in results if isinstance(r, list)] == [vector(t) for t in ("first", "a", "b")]
     assert [type(results[i]) for i in (2, 4)] == [ValueError, ValueError]
     assert results[2] is not results[4]
-    assert inner.requests == [["first"], ["a", "bad", "b"], ["a"], ["bad"], ["b"]]
+    assert inner.requests == [["a", "b", "bad", "first"], ["a", "b"], ["bad"], ["first"]]
     assert idle(wrapper)
 
 
@@ -115,7 +132,7 @@ async def test_a_wrong_number_of_vectors_is_never_matched_to_texts(inner):
     inner.short = True
     wrapper = BatchingEmbeddings(inner)
     assert await asyncio.gather(*(wrapper.aembed_query(t) for t in "abc")) == [vector(t) for t in "abc"]
-    assert inner.requests == [["a"], ["b", "c"], ["b"], ["c"]]
+    assert inner.requests == [["a", "b", "c"], ["a"], ["b"], ["c"]]
 
 
 async def test_a_server_that_is_away_is_not_asked_for_each_text(inner):
@@ -124,14 +141,16 @@ async def test_a_server_that_is_away_is_not_asked_for_each_text(inner):
     results = await asyncio.gather(*(wrapper.aembed_query(f"{i}") for i in range(20)), return_exceptions=True)
     assert [type(r) for r in results] == [ConnectionError] * 20
     assert len({id(r) for r in results}) == 20
-    assert len(inner.requests) == 2
+    assert len(inner.requests) == 1
     assert idle(wrapper)
 
 
 async def test_a_cancelled_query_is_not_sent_and_hurts_nobody(inner):
     inner.gate = asyncio.Event()
     wrapper = BatchingEmbeddings(inner)
-    tasks = [asyncio.create_task(wrapper.aembed_query(t)) for t in ["first", "gone", "stays", "stays"]]
+    tasks = [asyncio.create_task(wrapper.aembed_query("first"))]
+    await settle()
+    tasks += [asyncio.create_task(wrapper.aembed_query(t)) for t in ["gone", "stays", "stays"]]
     await settle()
     for i in (0, 1, 2):
         tasks[i].cancel()
@@ -149,39 +168,86 @@ async def test_more_than_a_batch_uses_more_slots_and_the_bound_holds(inner):
     wrapper = BatchingEmbeddings(inner, max_concurrency=2, max_batch=4, max_waiting=3)
     tasks = [asyncio.create_task(wrapper.aembed_query(f"{i}")) for i in range(40)]
     await settle()
-    assert [len(r) for r in inner.requests] == [1, 4]
+    assert [len(r) for r in inner.requests] == [4, 4]
     inner.gate.set()
     async with asyncio.timeout(LONG_S):
         results = await asyncio.gather(*tasks, return_exceptions=True)
-    assert sum(isinstance(r, AegisOverloadedError) for r in results) == 40 - (1 + 4 + 3 * 4)
+    assert sum(isinstance(r, AegisOverloadedError) for r in results) == 40 - (4 + 4 + 3 * 4)
     assert all(r == vector(f"{i}") for i, r in enumerate(results) if isinstance(r, list))
     assert inner.most == 2
     assert idle(wrapper)
 
 
-async def test_documents_and_queries_share_the_slots(inner):
+async def test_documents_and_queries_share_requests_slots_and_bounds(inner):
+    """Queries go first; what is more than may wait is refused, but not the rest of a call that has begun."""
     inner.gate = asyncio.Event()
-    wrapper = BatchingEmbeddings(inner, max_concurrency=1, max_waiting=1)
-    documents = asyncio.create_task(wrapper.aembed_documents(["a", "b"]))
+    wrapper = BatchingEmbeddings(inner, max_concurrency=1, max_waiting=1, max_batch=3)
+    documents = asyncio.create_task(wrapper.aembed_documents(["bb", "a", "dddd", "ccc"]))
+    await settle()
+    more = asyncio.create_task(wrapper.aembed_documents(["eeee", "fffff"]))
     await settle()
     query = asyncio.create_task(wrapper.aembed_query("q"))
     await settle()
     with pytest.raises(AegisOverloadedError):
-        await wrapper.aembed_documents(["c"])
+        await wrapper.aembed_documents(["g"])
+    with pytest.raises(AegisOverloadedError):
+        await wrapper.aembed_query("g")
     inner.gate.set()
     async with asyncio.timeout(LONG_S):
-        assert await documents == [vector("a"), vector("b")]
+        assert await documents == [vector(t) for t in ("bb", "a", "dddd", "ccc")]
         assert await query == vector("q")
+        assert await more == [vector("eeee"), vector("fffff")]
+    assert inner.requests == [["a", "bb", "ccc"], ["q", "eeee", "fffff"], ["dddd"]]
     assert inner.most == 1
     inner.gate = None
     assert await asyncio.to_thread(wrapper.embed_documents, ["d"]) == [vector("d")]
     assert idle(wrapper)
 
 
+async def test_a_request_is_bounded_in_characters_too(inner):
+    """And texts of a length go together."""
+    wrapper = BatchingEmbeddings(inner, max_batch_chars=10)
+    texts = ["x" * length for length in (4, 30, 3, 1, 2)]
+    assert await wrapper.aembed_documents(texts) == [vector(t) for t in texts]
+    assert [[len(t) for t in request] for request in inner.requests] == [[1, 2, 3, 4], [30]]
+
+
+async def test_a_few_long_texts_do_not_pad_many_short_ones(inner):
+    """Most embedders compute a request's texts at the length of the longest."""
+    wrapper = BatchingEmbeddings(inner)
+    texts = [f"{i:03}" for i in range(60)] + ["x" * 2_000 + str(i) for i in range(4)]
+    random.Random(1).shuffle(texts)
+    await asyncio.gather(*(wrapper.aembed_query(t) for t in texts))
+    assert [len(request) for request in inner.requests] == [60, 4]
+    inner.requests.clear()
+    await asyncio.gather(*(wrapper.aembed_query("x" * length) for length in range(1, 64)))
+    assert len(inner.requests) == 1
+
+
+async def test_documents_are_not_starved_by_queries(inner):
+    """One request of eight takes documents first."""
+    wrapper = BatchingEmbeddings(inner, max_batch=1, max_concurrency=1)
+    queries = [asyncio.create_task(wrapper.aembed_query(f"q{i}")) for i in range(40)]
+    documents = asyncio.create_task(wrapper.aembed_documents(["d"]))
+    async with asyncio.timeout(LONG_S):
+        await asyncio.gather(*queries, documents)
+    assert inner.requests.index(["d"]) < 8
+
+
 async def test_without_merging_each_query_is_a_request(inner):
-    wrapper = BatchingEmbeddings(inner, merge=False)
-    await asyncio.gather(*(wrapper.aembed_query("same") for _ in range(5)))
-    assert inner.requests == [["same"]] * 5
+    """As many at once as there are slots; documents still share theirs."""
+    inner.gate = asyncio.Event()
+    wrapper = BatchingEmbeddings(inner, merge=False, max_concurrency=3)
+    queries = [asyncio.create_task(wrapper.aembed_query(t)) for t in ["a", "b", "a", "c", "d"]]
+    documents = [asyncio.create_task(wrapper.aembed_documents([t])) for t in ["x", "y"]]
+    await settle()
+    assert inner.requests == [["a"], ["b"], ["c"]]
+    inner.gate.set()
+    async with asyncio.timeout(LONG_S):
+        await asyncio.gather(*queries, *documents)
+    assert sorted(inner.requests[3:]) == [["d"], ["x", "y"]]
+    assert inner.most == 3
+    assert idle(wrapper)
 
 
 async def test_a_deadline_ends_the_wait(inner):
@@ -198,7 +264,9 @@ async def test_a_deadline_ends_the_wait(inner):
 async def test_a_closed_admission_fails_who_waits(inner):
     inner.gate = asyncio.Event()
     wrapper = BatchingEmbeddings(inner)
-    tasks = [asyncio.create_task(wrapper.aembed_query(f"{i}")) for i in range(3)]
+    tasks = [asyncio.create_task(wrapper.aembed_query("0"))]
+    await settle()
+    tasks += [asyncio.create_task(wrapper.aembed_query(f"{i}")) for i in (1, 2)]
     await settle()
     wrapper.admission.close()
     inner.gate.set()
@@ -209,28 +277,29 @@ async def test_a_closed_admission_fails_who_waits(inner):
     assert idle(wrapper)
 
 
-async def test_a_request_cancelled_from_outside_tells_its_callers(inner):
+async def test_a_request_cancelled_from_outside_is_made_again_once(inner):
     inner.gate = asyncio.Event()
     wrapper = BatchingEmbeddings(inner)
     task = asyncio.create_task(wrapper.aembed_query("a"))
-    await settle()
-    (request,) = (t for t in asyncio.all_tasks() if t.get_coro().__qualname__.endswith("_afly"))
-    request.cancel()
+    for _ in range(2):
+        await settle()
+        (request,) = (t for t in asyncio.all_tasks() if t.get_coro().__qualname__.endswith("_afly"))
+        request.cancel()
     async with asyncio.timeout(LONG_S):
         with pytest.raises(AegisServerError, match="ask again"):
             await task
+    assert inner.requests == [["a"], ["a"]]
     assert idle(wrapper)
 
 
 def test_threads_gather_too(inner):
-    """64 threads: one request is under way, the others gather behind it."""
+    """64 threads: one makes a request, the others gather behind it."""
     inner.gate = threading.Event()
     wrapper = BatchingEmbeddings(inner)
     texts = [f"text {i % 40}" for i in range(64)]
     with ThreadPoolExecutor(64) as pool:
         futures = [pool.submit(wrapper.embed_query, t) for t in texts]
-        while not (queue := wrapper._queues.get(None)) or sum(w.seats for w in [*queue.wishes.values()]) < 64:
-            threading.Event().wait(0.001)
+        wait_until(lambda: wrapper._documents.asked.seats == 64)
         inner.gate.set()
         assert [f.result(LONG_S) for f in futures] == [vector(t) for t in texts]
     assert [len(r) for r in inner.requests] == [1, 39]

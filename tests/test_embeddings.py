@@ -7,6 +7,7 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from conftest import wait_until
 from langchain_ollama import OllamaEmbeddings
 from lying_server import LyingServer, plain
 
@@ -168,6 +169,41 @@ async def test_a_bad_text_does_not_fail_its_neighbours(server, model):
     assert len(bodies(server)) <= 13
 
 
+async def test_a_text_that_makes_the_model_fail_does_not_fail_its_neighbours(server, model):
+    """Some models compute no number for some texts, and Ollama then answers 500 for the whole request."""
+    message = "failed to encode response: json: unsupported value: NaN"
+    server.fail(500, times=None, when=lambda seen: "poison" in seen.text, message=message)
+    results = await asyncio.gather(*(model.aembed_query(t) for t in ("a", "poison", "b")), return_exceptions=True)
+    assert [type(result) for result in results] == [list, AegisServerError, list]
+
+
+async def test_a_server_that_refuses_everything_is_not_asked_for_each_text(server, model):
+    """Which is found out with a text that nobody refuses."""
+    server.fail(400, times=None, message="no")
+    texts = [f"text {n}" for n in range(64)]
+    results = await asyncio.gather(*(model.aembed_query(text) for text in texts), return_exceptions=True)
+    assert {type(result) for result in results} == {AegisRequestError}
+    assert len(bodies(server)) <= 8
+
+
+async def test_a_text_that_cannot_be_sent_is_found_without_a_server(server, model):
+    texts = ["a", "\ud800", "b"]
+    results = await asyncio.gather(*(model.aembed_query(text) for text in texts), return_exceptions=True)
+    assert [type(result) for result in results] == [list, AegisRequestError, list]
+
+
+async def test_documents_of_several_calls_share_requests_and_one_bad_text_fails_its_call_only(server, model):
+    server.fail(400, times=None, when=lambda seen: "poison" in seen.text, message="bad text")
+    calls = [[f"{n} a", f"{n} b"] for n in range(8)] + [["0 a", "poison"]]
+    results = await asyncio.gather(*(model.aembed_documents(call) for call in calls), return_exceptions=True)
+    error = results.pop()
+    assert isinstance(error, AegisRequestError)
+    assert error.__notes__ == ["This was text 2 of 2."]
+    assert all(len(result) == 2 for result in results)
+    assert sum(len(body["input"]) for body in bodies(server) if "poison" not in body["input"]) <= 17
+    assert len(bodies(server)) <= 10
+
+
 @pytest.mark.parametrize(("status", "error"), [(503, AegisOverloadedError), (500, AegisServerError)])
 async def test_a_failure_reaches_every_waiter_as_an_error_of_its_own(server, model, status, error):
     """And the next call works."""
@@ -188,6 +224,79 @@ def test_many_loops_and_threads_share_one_object(server, model):
         jobs = [pool.submit(model.embed_query, "x") for _ in range(8)]
         jobs += [pool.submit(lambda: asyncio.run(model.aembed_query("x"))) for _ in range(8)]
         assert [job.result(DEADLINE_S) for job in jobs] == [expected] * 16
+
+
+def test_threads_and_loops_share_few_requests(server, model):
+    """64 threads and two event loops with 64 calls each, of all four kinds, half of their texts in common."""
+
+    async def awaited(name):
+        queries = [model.aembed_query(f"text {n}" if n % 2 else f"{name} {n}") for n in range(32)]
+        documents = [model.aembed_documents([f"text {n}", f"{name} {n}"]) for n in range(32)]
+        return await asyncio.gather(*queries, *documents)
+
+    def blocking(n):
+        return model.embed_query(f"text {n}") if n % 2 else model.embed_documents([f"text {n}"])[0]
+
+    with ThreadPoolExecutor(66) as pool:
+        with server.hold():
+            loops = [pool.submit(asyncio.run, awaited(name)) for name in ("x", "y")]
+            server.wait_until(lambda s: s.routes["/api/embed"] >= 1)
+            threads = [pool.submit(blocking, n) for n in range(64)]
+        found = [thread.result(DEADLINE_S) for thread in threads]
+        x, y = (loop.result(DEADLINE_S) for loop in loops)
+    requests = len(bodies(server))
+    assert requests <= 12
+    expected = model.embed_documents([f"text {n}" for n in range(64)])
+    assert found == expected
+    assert x[1:32:2] == y[1:32:2] == expected[1:32:2]
+    assert [vectors[0] for vectors in x[32:]] == expected[:32]
+
+
+def test_a_text_under_way_in_another_loop_is_waited_for(server, model):
+    """And a thread's in a loop: it is asked once."""
+    with ThreadPoolExecutor(3) as pool, server.hold():
+        first = pool.submit(asyncio.run, model.aembed_query("same"))
+        server.wait_until(lambda s: s.routes["/api/embed"] == 1)
+        others = [pool.submit(model.embed_query, "same"), pool.submit(asyncio.run, model.aembed_query("same"))]
+        gathering = model._gathered.asked
+        wait_until(lambda: gathering.seats == 3)
+        server.release()
+        assert first.result(DEADLINE_S) == others[0].result(DEADLINE_S) == others[1].result(DEADLINE_S)
+    assert len(bodies(server)) == 1
+
+
+def test_a_loop_that_waits_for_a_thread_cannot_hold_it_up(server, model):
+    """The thread asks for a text that this very loop has under way."""
+
+    async def main():
+        task = asyncio.create_task(model.aembed_query("x"))
+        await server.await_until(lambda s: s.routes["/api/embed"] == 1)
+        with ThreadPoolExecutor(1) as pool:
+            server.release()
+            found = pool.submit(model.embed_query, "x").result(DEADLINE_S)
+        return found == await task
+
+    server.hold()
+    assert asyncio.run(main())
+    assert len(bodies(server)) <= 2
+
+
+def test_a_loop_that_ends_takes_nobody_along(server, model):
+    """A thread that waited for its text asks for it again."""
+
+    async def leave():
+        task = asyncio.create_task(model.aembed_query("x"))
+        await server.await_until(lambda s: s.routes["/api/embed"] == 1)
+        thread = pool.submit(model.embed_query, "x")
+        await asyncio.to_thread(wait_until, lambda: model._gathered.asked.seats == 2)
+        return task, thread
+
+    with ThreadPoolExecutor(2) as pool:
+        with server.hold():
+            task, thread = asyncio.run(leave())
+        assert task.cancelled()
+        assert len(thread.result(DEADLINE_S)) == 384
+    assert model._gathered.idle
 
 
 def test_a_loop_that_ends_leaves_nothing_behind(server, model):

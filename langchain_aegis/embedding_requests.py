@@ -1,0 +1,166 @@
+"""The flow of one request for vectors.
+
+Texts of about one length are sent together, and a text that is refused is found.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import httpx
+
+from langchain_aegis.errors import AegisError, AegisRequestError, AegisServerError
+from langchain_aegis.flows import Flow
+from langchain_aegis.lanes import Wish
+
+Vector: TypeAlias = list[float]
+
+_REQUEST_CHARS = 4_000  # so much padding costs about as much as a request of its own
+_WORTH = 0.6  # two requests instead of one when they compute at most this share
+_HARMLESS = "a"  # what no embedder refuses, unless it refuses everything
+
+
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """Step of a flow: ask the embedder; the answer is one vector for each text.
+
+    Attributes:
+        texts: At least one.
+        query: There is one only, and it is a query; else they may be documents.
+    """
+
+    texts: list[str]
+    query: bool = False
+
+
+Keep: TypeAlias = Callable[[list[str], list[Vector]], Flow[list[Vector]]]
+
+
+def embed_wishes(wishes: Sequence[Wish[Vector]], keep: Keep | None = None) -> Flow[None]:
+    """Land every wish with its vector, or with the error that its text alone is to blame for.
+
+    Args:
+        wishes: At least one.
+        keep: Gets the texts and vectors of each answer first, and returns the vectors to hand out.
+
+    Raises what is no text's fault: the server is away, slow, busy, or refuses everything.
+    """
+    search = _Search(keep)
+    for group in by_length(sorted(wishes, key=lambda wish: len(wish.text))):
+        yield from search.embed(group, certain=False)
+
+
+def by_length(wishes: list[Wish[Vector]]) -> list[list[Wish[Vector]]]:
+    """Cut wishes, sorted by length, in two where padding them all to the longest would cost more than a request."""
+    lengths = [len(wish.text) for wish in wishes]
+    whole = len(lengths) * lengths[-1]
+    cost, at = min((i * lengths[i - 1] + (len(lengths) - i) * lengths[-1], i) for i in range(1, len(lengths) + 1))
+    if at == len(lengths) or cost > _WORTH * whole or cost + _REQUEST_CHARS > whole:
+        return [wishes]
+    return [wishes[:at], wishes[at:]]
+
+
+class _Search:
+    """Finds the texts that the embedder refuses, by halving."""
+
+    def __init__(self, keep: Keep | None) -> None:
+        self._keep = keep
+        self._answered = False  # some request was: the embedder does not refuse everything
+
+    def embed(self, wishes: Sequence[Wish[Vector]], *, certain: bool) -> Flow[bool]:
+        """Land `wishes`; returns whether the embedder took all of them together.
+
+        Args:
+            wishes: Those that nobody waits for any more are left out.
+            certain: One of their texts is known to be refused, so all of them together are not sent.
+        """
+        wishes = [wish for wish in wishes if wish.seats]
+        if not wishes:
+            return False
+        if not certain or len(wishes) == 1:
+            try:
+                texts = [wish.text for wish in wishes]
+                vectors = yield Embed(texts, query=len(wishes) == 1 and not wishes[0].document)
+                if len(vectors) != len(wishes):
+                    raise _WrongCount(f"the embedder returned {len(vectors)} vectors for {len(wishes)} texts")
+            except Exception as exc:  # whatever the embedder raised: one of the texts may be to blame
+                if not _may_be_a_texts_fault(exc):
+                    raise
+                if len(wishes) == 1:
+                    yield from self._refused(wishes[0], exc)
+                    return False
+            else:
+                self._answered = True
+                if self._keep is not None:
+                    vectors = yield from self._keep(texts, vectors)
+                for wish, vector in zip(wishes, vectors, strict=True):
+                    wish.land(vector)
+                return True
+        half = len(wishes) // 2
+        first = yield from self.embed(wishes[:half], certain=False)
+        yield from self.embed(wishes[half:], certain=first)
+        return False
+
+    def _refused(self, wish: Wish[Vector], error: Exception) -> Flow[None]:
+        """Land a wish with the error that it got alone; raises it if any text would get it."""
+        others = any(other is not wish and not other.landed for other in wish.flight.wishes) if wish.flight else False
+        if others and not self._answered:
+            try:
+                yield Embed([_HARMLESS])
+            except Exception as exc:  # then it says nothing about this text
+                raise exc from error
+            self._answered = True
+        wish.blamed = True
+        wish.land(None, error)
+
+
+class _WrongCount(AegisServerError):
+    """Asked for several texts, the embedder returned more or fewer vectors."""
+
+
+def _may_be_a_texts_fault(error: Exception) -> bool:
+    """Whether other texts of the same request might be embedded: the server is not away, slow or busy."""
+    if isinstance(error, (_WrongCount, AegisRequestError)):
+        return _is_refusal(error.status_code)
+    if isinstance(error, AegisError):
+        # What Ollama says when a model computes no number for a text: the texts beside it are not to blame.
+        return error.status_code == 500 and "unsupported value" in str(error)
+    if isinstance(error, NotImplementedError):
+        return False
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (ConnectionError, TimeoutError, httpx.TransportError, AegisError)):
+            return False
+        cause = cause.__cause__
+    return _is_refusal(getattr(error, "status_code", None))
+
+
+def _is_refusal(status: object) -> bool:
+    """Whether a status says that the request's content is wrong; no status says nothing against it."""
+    return not isinstance(status, int) or (400 <= status < 500 and status not in (401, 403, 404, 405, 407, 408, 429))
+
+
+def pack(vector: Sequence[float]) -> bytes | None:
+    """Return a vector as float32, little endian; None if it is none: empty, or not all finite numbers of float32."""
+    try:
+        packed = array("f", vector)
+        if not packed or not math.isfinite(sum(packed)):
+            return None
+    except (TypeError, OverflowError, ValueError):
+        return None
+    if sys.byteorder != "little":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack(packed: bytes) -> list[float]:
+    """Return the vector that `pack` was given, rounded to float32."""
+    vector = array("f", packed)
+    if sys.byteorder != "little":
+        vector.byteswap()
+    return vector.tolist()
