@@ -104,7 +104,7 @@ def test_json_says_the_same(aegis):
     [
         (["llama3.1:8b", "--memory-gb", "24"], "Q4_K_M"),
         (["llama3.1:8b", "--memory-gb", "24", "--quality", "near-lossless"], "Q8_0"),
-        (["llama3.1:8b", "--memory-gb", "8", "--slots", "1", "--context", "4096", "--quality", "high"], "Q5_K_M"),
+        (["llama3.1:8b", "--memory-gb", "8.5", "--slots", "1", "--context", "4096", "--quality", "high"], "Q5_K_M"),
         (["llama3.3:70b", "--memory-gb", "24"], None),
         (["gpt-oss:20b", "--memory-gb", "24", "--quality", "near-lossless"], "MXFP4"),
     ],
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_code_1_as_a_table_and_an_error_as_a_file(aegis):
     assert "--prompt-cache-mib 0" in out
     code, out, err = aegis("llama3.1:8b", *laptop, "--quantization", "q8_0", "--format", "env")
     assert (code, out) == (2, "")
-    assert "--quantization Q5_K_M would" in err
+    assert "--quantization Q5_K_S would" in err
 
 
 @pytest.mark.parametrize("output", ["compose", "env", "systemd"])

@@ -13,7 +13,7 @@ from langchain_aegis.ollama.plan_shape import Shape
 GB = 10**9
 MIB = 2**20
 CELL = 256  # windows are rounded up to a multiple of it (llama.cpp, src/llama-context.cpp)
-SMALLEST_CONTEXT = 2048  # a smaller window is no use to anybody
+SMALLEST_CONTEXT = 4096  # no smaller window is recommended: it is the server's own smallest default
 MOST_SLOTS = 64  # more is not planned with, however much memory there is
 PROMPT_CACHE_MIB = 8192  # llama.cpp, common/common.h: cache_ram_mib
 # Memory that a CUDA or ROCm process takes before it does anything: Ollama 0.12, discover/gpu.go: cudaMinimumMemory.
