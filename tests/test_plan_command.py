@@ -10,7 +10,7 @@ from lying_server import LyingServer
 from langchain_aegis.cli import main
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.ollama.compose import check_compose
-from langchain_aegis.ollama.environment import read_env_file
+from langchain_aegis.ollama.env_files import read_env_file
 from langchain_aegis.ollama.machine import host_of
 from langchain_aegis.ollama.plan_report import Wish, make_plan
 from langchain_aegis.ollama.plan_shape import of_table

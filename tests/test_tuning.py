@@ -16,7 +16,8 @@ from langchain_aegis import AegisSettings, ChatAegis
 from langchain_aegis.errors import AegisConfigError, AegisOptionError
 from langchain_aegis.ollama import machine
 from langchain_aegis.ollama.compose import check_compose
-from langchain_aegis.ollama.environment import check_variables, read_env_file
+from langchain_aegis.ollama.env_files import read_env_file
+from langchain_aegis.ollama.environment import check_variables
 from langchain_aegis.ollama.knowledge import knowledge, version_tuple
 from langchain_aegis.ollama.machine import Machine, detect, host_of
 from langchain_aegis.ollama.plan import GB, Layout
@@ -216,7 +217,8 @@ def test_every_file_reads_back_as_what_was_meant_and_the_doctor_is_content(tmp_p
     parsed = yaml.safe_load(path.read_text())
     assert parsed["services"]["ollama"]["environment"] == values(environment)
     findings += check_compose(path, {})
-    assert [f for f in findings if f.severity in ("warning", "error")] == []
+    # That a release is old is said of it, whatever the file: it was asked for.
+    assert [f for f in findings if f.severity in ("warning", "error") and f.code != "version"] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
