@@ -33,10 +33,12 @@ from langchain_aegis.tokens import (
     plain,
 )
 
-_VERSION = 4
+_VERSION = 5
 _MAX_CHARACTERS = 16_384  # of a text; what follows counts as one identifier
 NEGATED, DENYING = 1, 2  # an odd number of negations; a word that denies without one
 PASSIVE = 4  # with its agent; SYMMETRIC, "and", "between" and the like, comes from the lexicon
+# What a profile holds at all: of two that do not hold it, nothing more has to be compared.
+COUNTS, NAMES, STARTS, REPEATS, PHRASES = 16, 32, 64, 128, 256
 DIGEST = 0x800000  # set in the number of a term that is a digest, clear in that of a form of the lexicon
 
 
@@ -49,7 +51,7 @@ class Profile:
 
     language: int  # position in LANGUAGES
     question: int  # position in the lexicon's question codes
-    flags: int  # sum of NEGATED, DENYING, PASSIVE, SYMMETRIC
+    flags: int  # sum of NEGATED, DENYING, PASSIVE, SYMMETRIC, COUNTS, NAMES, STARTS, REPEATS, PHRASES
     shape: int  # one bit per wish about the answer's form
     source: int  # term after "from"; -1 if none
     target: int  # term after "to"; -1 if none
@@ -62,6 +64,7 @@ class Profile:
     identifiers: frozenset[int]
     exclusive: frozenset[int]  # 256 * set + class
     opposites: frozenset[int]  # 2 * pair + side
+    opposed: frozenset[int]  # the other sides of those pairs, as far as it does not speak of them, too
     frame: frozenset[int]  # the words without content: code + 256 * how often it stood before
     spellings: tuple[
         int, ...
@@ -70,12 +73,12 @@ class Profile:
     def encode(self) -> bytes:
         """Return the profile as bytes for a record; `decode` reads them."""
         sets = (self.numbers, self.weak_numbers, self.quantities, self.names, self.identifiers)
-        codes = (self.exclusive, self.opposites, self.frame)
+        codes = (self.exclusive, self.opposites, self.opposed, self.frame)
         wide = [*self.order, *(term for part in sets for term in sorted(part))]
         narrow = [*self.spellings, *(code for part in codes for code in sorted(part))]
-        codes_of = (self.language, self.question, self.flags, self.shape, self.source, self.target)
-        body = _BODY.pack(*codes_of, len(self.order), *map(len, sets), *map(len, codes))
-        body += struct.pack(f">{len(wide)}I{len(narrow)}H", *wide, *narrow)
+        single = (self.language, self.question, self.flags, self.shape, self.source, self.target)
+        body = _BODY.pack(*single, len(self.order), *map(len, sets), *map(len, codes))
+        body += _values(len(wide), len(narrow)).pack(*wide, *narrow)
         return _HEAD.pack(_VERSION, lexicon().fingerprint, crc32(body)) + body
 
     @staticmethod
@@ -86,55 +89,53 @@ class Profile:
             ValueError: Other bytes, or those of another version of the lexicon.
         """
         known = lexicon()
-        try:
-            version, fingerprint, checksum = _HEAD.unpack_from(data)
-            if version != _VERSION or fingerprint != known.fingerprint:
-                raise ValueError("not a profile of this version")
-            if checksum != crc32(data[_HEAD.size :]):
-                raise ValueError("not a profile: damaged")
-            language, question, flags, shape, source, target, *counts = _BODY.unpack_from(data, _HEAD.size)
-            words, numbers, weak, quantities, names, identifiers, exclusive, opposites, frame = counts
-            size = words + numbers + weak + quantities + names + identifiers
-            short = words + exclusive + opposites + frame
-            values = struct.unpack_from(f">{size}I{short}H", data, _START)
-        except struct.error as exc:
-            raise ValueError("not a profile: too short") from exc
+        if len(data) < _START:
+            raise ValueError("not a profile: too short")
+        version, fingerprint, checksum = _HEAD.unpack_from(data)
+        if version != _VERSION or fingerprint != known.fingerprint:
+            raise ValueError("not a profile of this version")
+        if checksum != crc32(data[_HEAD.size :]):
+            raise ValueError("not a profile: damaged")
+        (
+            language, question, flags, shape, source, target,
+            words, numbers, weak, quantities, names, identifiers, exclusive, opposites, opposed, frame,
+        ) = _BODY.unpack_from(data, _HEAD.size)  # fmt: skip
         if language >= len(LANGUAGES) or question >= len(known.questions):
             raise ValueError("not a profile: unknown codes")
-        if len(data) != _START + 4 * size + 2 * short:
+        wide = words + numbers + weak + quantities + names + identifiers
+        narrow = words + exclusive + opposites + opposed + frame
+        if len(data) != _START + 4 * wide + 2 * narrow:
             raise ValueError("not a profile: of another length")
-        numbered = weakly = measured = named = identified = _NONE  # of most questions
-        if size > words:
+        values = _values(wide, narrow).unpack_from(data, _START)
+        order = values[:words]
+        numbered = weakly = measured = named = identified = excluding = opposing = opposite = _NONE  # of most questions
+        if wide > words:
             numbered = frozenset(values[words : (at := words + numbers)])
             weakly = frozenset(values[at : (at := at + weak)])
             measured = frozenset(values[at : (at := at + quantities)])
             named = frozenset(values[at : (at := at + names)])
-            identified = frozenset(values[at:size])
-        at = size + words
-        last = at + exclusive + opposites
+            identified = frozenset(values[at:wide])
+        start = at = wide + words
+        if exclusive:
+            excluding = frozenset(values[at : (at := at + exclusive)])
+        if opposites:
+            opposing = frozenset(values[at : (at := at + opposites)])
+            opposite = frozenset(values[at : (at := at + opposed)])
         return Profile(
-            language,
-            question,
-            flags,
-            shape,
-            source,
-            target,
-            values[:words],
-            frozenset(values[:words]),
-            numbered,
-            weakly,
-            measured,
-            named,
-            identified,
-            frozenset(values[at : at + exclusive]) if exclusive else _NONE,
-            frozenset(values[at + exclusive : last]) if opposites else _NONE,
-            frozenset(values[last:]),
-            values[size:at],
-        )
+            language, question, flags, shape, source, target, order, frozenset(order),
+            numbered, weakly, measured, named, identified, excluding, opposing, opposite,
+            frozenset(values[at:]), values[wide:start],
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=1 << 10)
+def _values(wide: int, narrow: int) -> struct.Struct:
+    """Return the layout of so many numbers of 4 bytes and of 2."""
+    return struct.Struct(f">{wide}I{narrow}H")
 
 
 _HEAD = struct.Struct(">B2sI")  # version, lexicon, checksum
-_BODY = struct.Struct(">BBBIii9H")
+_BODY = struct.Struct(">BBHIii10H")
 _START = _HEAD.size + _BODY.size
 _NONE: frozenset[int] = frozenset()
 
@@ -418,7 +419,20 @@ class _Reader:
             self.target = term
 
     def _profile(self) -> Profile:
-        passive = self.marks & AUXILIARY and self.marks & AGENT
+        flags = self.negations % 2 * NEGATED | self.soft * DENYING | self.marks & SYMMETRIC
+        if self.marks & AUXILIARY and self.marks & AGENT:
+            flags |= PASSIVE
+        if self.numbers or self.quantities:
+            flags |= COUNTS
+        if self.names or self.identifiers:
+            flags |= NAMES
+        if self.source >= 0:
+            flags |= STARTS
+        terms = frozenset(self.order)
+        if len(terms) < len(self.order):
+            flags |= REPEATS
+        if not lexicon().phrases.isdisjoint(terms):
+            flags |= PHRASES
         frame = set(self.frame)
         if len(frame) < len(self.frame):
             self.frame.sort()
@@ -426,12 +440,12 @@ class _Reader:
         return Profile(
             self.language,
             lexicon().codes[self.question],
-            self.negations % 2 * NEGATED | self.soft * DENYING | (PASSIVE if passive else 0) | self.marks & SYMMETRIC,
+            flags,
             self.shape,
             self.source,
             self.target,
             tuple(self.order),
-            frozenset(self.order),
+            terms,
             frozenset(self.numbers),
             frozenset(self.weak),
             frozenset(self.quantities),
@@ -439,6 +453,7 @@ class _Reader:
             frozenset(self.identifiers),
             frozenset(self.exclusive),
             frozenset(self.opposites),
+            frozenset([code ^ 1 for code in self.opposites if code ^ 1 not in self.opposites]),
             frozenset(frame),
             tuple(self.spellings),
         )

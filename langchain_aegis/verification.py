@@ -7,11 +7,11 @@ difference that changes the answer, and blocks when it finds one. Pure: no clock
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, filterfalse
 
 from langchain_aegis.lexicon import SYMMETRIC, Lexicon, lexicon
 from langchain_aegis.lexicon import thresholds as thresholds
-from langchain_aegis.profiles import DENYING, DIGEST, NEGATED, PASSIVE
+from langchain_aegis.profiles import COUNTS, DENYING, DIGEST, NAMES, NEGATED, PASSIVE, PHRASES, REPEATS, STARTS
 from langchain_aegis.profiles import Profile as Profile
 from langchain_aegis.profiles import profile as profile
 
@@ -50,40 +50,50 @@ def compare(cached: Profile, new: Profile, *, off: frozenset[str] = frozenset())
     """
     found = []
     known = lexicon()
-    # An undecided language is one of names and key words only: they must be the same then ("Mozart Geburtstag").
-    if cached.language != new.language if cached.language and new.language else cached.terms != new.terms:
+    if (not cached.language or cached.language != new.language) and _languages_differ(cached, new):
         found.append("language")
-    if cached.numbers != new.numbers and _numbers_differ(cached, new):
-        found.append("number")
-    if cached.quantities != new.quantities:
-        found.append("quantity")
-    turned = cached.flags ^ new.flags
-    if turned & NEGATED and not _denied_in_a_word(cached.flags, new.flags):
+    mine, theirs = cached.flags, new.flags
+    flags, differ = mine | theirs, mine ^ theirs
+    if flags & COUNTS:
+        if cached.numbers != new.numbers and _numbers_differ(cached, new):
+            found.append("number")
+        if cached.quantities != new.quantities:
+            found.append("quantity")
+    if differ & NEGATED and not _denied_in_a_word(mine, theirs):
         found.append("negation")
-    left, right = cached.opposites, new.opposites
-    if not (left <= right or right <= left) and _take_sides(left, right, 1):
+    if not cached.opposed.isdisjoint(new.opposites) and _oppose(cached, new):
         found.append("antonym")
     left, right = cached.exclusive, new.exclusive
-    if not (left <= right or right <= left) and _take_sides(left, right, 8):
+    if not (left <= right or right <= left) and _exclude(left, right):
         found.append("exclusive")
     if cached.question != new.question and _asks_otherwise(cached, new, known):
         found.append("question_word")
-    if (cached.source >= 0 or new.source >= 0) and _turned_round(cached, new):
+    if flags & STARTS and _turned_round(cached, new):
         found.append("direction")
     if cached.shape != new.shape:
         found.append("shape")
-    if cached.order != new.order or turned & PASSIVE:
-        _wording(cached, new, known, found)
-    return tuple(code for code in found if code not in off) if off else tuple(found)
+    if cached.order != new.order or differ & PASSIVE:
+        _wording(cached, new, known, flags, found)
+    return tuple(filterfalse(off.__contains__, found) if off else found)
 
 
-def _take_sides(left: frozenset[int], right: frozenset[int], bits: int) -> bool:
-    """Return whether each holds a member of one set of alternatives that the other does not hold."""
-    for code in right:
-        if code not in left:
-            for other in left:
-                if not (code ^ other) >> bits and other not in right:
-                    return True
+def _languages_differ(cached: Profile, new: Profile) -> bool:
+    # An undecided language is one of names and key words only: they must be the same then ("Mozart Geburtstag").
+    return bool(cached.language and new.language) or cached.terms != new.terms
+
+
+def _oppose(cached: Profile, new: Profile) -> bool:
+    """Return whether of a pair of opposites one question speaks of one, and the other only of the other."""
+    return any(code ^ 1 not in new.opposites for code in cached.opposed & new.opposites)
+
+
+def _exclude(left: frozenset[int], right: frozenset[int]) -> bool:
+    """Return whether each holds a member of an exclusive set that the other does not hold."""
+    ours = left - right
+    for code in right - left:
+        for other in ours:
+            if code >> 8 == other >> 8:
+                return True
     return False
 
 
@@ -162,14 +172,30 @@ def _canonical(term: int) -> int:
     return min(lexicon().related.get(term, (term,)))
 
 
-def _wording(cached: Profile, new: Profile, known: Lexicon, found: list[str]) -> None:
+def _wording(cached: Profile, new: Profile, known: Lexicon, flags: int, found: list[str]) -> None:
     """Add the guards over the order of the terms and over those that only one of the questions holds."""
-    left, left_misspelt = _odd(cached, new, known)
-    right, right_misspelt = _odd(new, cached, known)
+    mine, theirs, related = cached.terms, new.terms, known.related
+    left, right = mine - theirs, theirs - mine
+    if cached.question != new.question:
+        # Asked in the same way, both name what they ask for: it must be the same ("how much is the rent", "the fee").
+        left, right = left - known.implied[new.question], right - known.implied[cached.question]
+    misspelt = False
+    for term in left:
+        if term in related:
+            if not related[term].isdisjoint(theirs):
+                left = left - {term} if len(left) > 1 else _NONE  # the loop goes on over the old set
+        elif term >= DIGEST:
+            misspelt = misspelt or _looks_like_one_of(term, cached, new)
+    for term in right:
+        if term in related:
+            if not related[term].isdisjoint(mine):
+                right = right - {term} if len(right) > 1 else _NONE
+        elif term >= DIGEST:
+            misspelt = misspelt or _looks_like_one_of(term, new, cached)
     if left and right:
-        if left_misspelt or right_misspelt:
+        if misspelt:
             left, right = _without_misspelt(left, right, cached, new)
-        if not (known.phrases.isdisjoint(left) and known.phrases.isdisjoint(right)):
+        if flags & PHRASES and not (known.phrases.isdisjoint(left) and known.phrases.isdisjoint(right)):
             left, right = _without_phrases(left, right, cached, new, known)
     if not (left and right):
         if left or right:
@@ -178,42 +204,32 @@ def _wording(cached: Profile, new: Profile, known: Lexicon, found: list[str]) ->
             if _swapped(cached, new, known):
                 found.append("order")
             return
-        if cached.numbers & new.numbers or cached.names & new.names or cached.identifiers & new.identifiers:
+        if flags & (COUNTS | NAMES) and (
+            cached.numbers & new.numbers or cached.names & new.names or cached.identifiers & new.identifiers
+        ):
             left, right = left - known.category, right - known.category
-    odd = left | right
     named = False
-    if cached.identifiers != new.identifiers and not odd.isdisjoint(cached.identifiers | new.identifiers):
-        found.append("identifier")
-        named = True
-    if cached.names != new.names and not odd.isdisjoint(cached.names | new.names):
-        found.append("entity")
-        named = True
-    if odd and (named or not known.alternatives.isdisjoint(odd) or not _reworded(left, right, cached, new, known)):
+    if flags & NAMES:
+        odd = left | right
+        if cached.identifiers != new.identifiers and not odd.isdisjoint(cached.identifiers | new.identifiers):
+            found.append("identifier")
+            named = True
+        if cached.names != new.names and not odd.isdisjoint(cached.names | new.names):
+            found.append("entity")
+            named = True
+    if (left or right) and (named or not _reworded(left, right, cached, new, known)):
         found.append("substitution" if left and right else "restriction")
-    if len(left) == len(cached.terms) and len(right) == len(new.terms) and left and right:
+    if len(left) == len(mine) and len(right) == len(theirs) and left and right:
         found.append("topic")
 
 
-def _odd(one: Profile, other: Profile, known: Lexicon) -> tuple[frozenset[int], bool]:
-    """Return the terms that the other question does not say in any way, and whether one of them may be misspelt.
+def _looks_like_one_of(term: int, one: Profile, other: Profile) -> bool:
+    """Return whether a word of one question that no lexicon knows may be a misspelt word of the other.
 
-    That is a word which no lexicon knows and which looks like a word of the other: two words of the lexicon are two.
+    `_without_misspelt` looks closer: at the other's words, and at every spelling of a word that is repeated.
     """
-    theirs, related = other.terms, known.related
-    odd = one.terms - theirs
-    misspelt = False
-    for term in odd:
-        if term >= DIGEST:
-            look = one.spellings[one.order.index(term)]
-            # Of a word that is repeated, `_without_misspelt` sees every spelling.
-            if (look and look in other.spellings) or (len(one.order) > len(one.terms) and one.order.count(term) > 1):
-                misspelt = True
-        # Asked in the same way, both name what they ask for: it has to be the same ("how much is the rent", "the fee").
-        elif (one.question != other.question and term in known.implied[other.question]) or (
-            term in related and not related[term].isdisjoint(theirs)
-        ):
-            odd = odd - {term}  # a new set: the loop goes on over the old one
-    return odd, misspelt
+    look = one.spellings[one.order.index(term)]
+    return bool(look and look in other.spellings) or bool(one.flags & REPEATS and one.order.count(term) > 1)
 
 
 def _reworded(left: frozenset[int], right: frozenset[int], cached: Profile, new: Profile, known: Lexicon) -> bool:
@@ -223,8 +239,7 @@ def _reworded(left: frozenset[int], right: frozenset[int], cached: Profile, new:
     "my message"). Where the sentence is built anew, a few odd words mostly belong to the new construction, as long as
     the questions share more and none of the odd words is one of a set of alternatives. Names and codes never get here.
     """
-    around, others = cached.frame, new.frame
-    if around <= others or others <= around or len(around ^ others) < _NEW_CONSTRUCTION:
+    if not (known.alternatives.isdisjoint(left) and known.alternatives.isdisjoint(right)):
         return False
     left, right = left - known.relations, right - known.relations
     many, more = len(left), len(right)
@@ -232,6 +247,9 @@ def _reworded(left: frozenset[int], right: frozenset[int], cached: Profile, new:
         return False
     needed = 2 if many + more < 3 else 3
     if len(cached.terms) - many < needed or len(new.terms) - more < needed:
+        return False
+    around, others = cached.frame, new.frame
+    if around <= others or others <= around or len(around ^ others) < _NEW_CONSTRUCTION:
         return False
     # "How do I cancel it", "what is the process for upgrading it": another act.
     return known.acts.isdisjoint(left) or known.acts.isdisjoint(right)
@@ -241,19 +259,26 @@ def _without_phrases(
     left: frozenset[int], right: frozenset[int], cached: Profile, new: Profile, known: Lexicon
 ) -> tuple[frozenset[int], frozenset[int]]:
     """Take out phrases whose words stand apart in the other question ("word document", "document in Word")."""
-    phrases = (
-        {x for x in left if _stands_apart(x, new.terms, known)},
-        {x for x in right if _stands_apart(x, cached.terms, known)},
-    )
-    parts = [{part for phrase in side for part in known.parts[phrase]} for side in phrases]
-    left -= phrases[0] | {x for x in left if x in parts[1] or not known.related.get(x, _NONE).isdisjoint(parts[1])}
-    right -= phrases[1] | {x for x in right if x in parts[0] or not known.related.get(x, _NONE).isdisjoint(parts[0])}
+    ours = {phrase for phrase in left & known.phrases if _stands_apart(phrase, new.terms, known)}
+    theirs = {phrase for phrase in right & known.phrases if _stands_apart(phrase, cached.terms, known)}
+    if ours or theirs:
+        left, right = left - ours - _said(left, theirs, known), right - theirs - _said(right, ours, known)
     return left, right
 
 
 def _stands_apart(phrase: int, terms: frozenset[int], known: Lexicon) -> bool:
-    parts = known.parts.get(phrase, _NONE)
-    return bool(parts) and all(part in terms or not known.related.get(part, _NONE).isdisjoint(terms) for part in parts)
+    """Return whether every word of a phrase is said among the terms."""
+    related = known.related
+    for part in known.parts[phrase]:
+        if part not in terms and (part not in related or related[part].isdisjoint(terms)):
+            return False
+    return True
+
+
+def _said(terms: frozenset[int], phrases: set[int], known: Lexicon) -> set[int]:
+    """Return those of the terms that the phrases say."""
+    parts = {part for phrase in phrases for part in known.parts[phrase]}
+    return {term for term in terms if term in parts or not known.related.get(term, _NONE).isdisjoint(parts)}
 
 
 def _without_misspelt(

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from langchain_aegis.lexicon import lexicon
+from langchain_aegis.profiles import COUNTS, NAMES, PHRASES, REPEATS, STARTS
 from langchain_aegis.verification import GUARDS, Profile, compare, profile, thresholds
 
 KEY = b"a key of the tests"
@@ -84,6 +86,24 @@ def test_changed_bytes_are_refused_or_are_a_profile_of_their_own(text: str, at: 
         assert Profile.decode(bytes(data)).encode() == data
     with pytest.raises(ValueError):
         Profile.decode(bytes(data) + b"\0")
+
+
+@given(TEXTS)
+def test_what_a_profile_says_that_it_lacks_it_lacks(text: str) -> None:
+    one = profile(text, key=KEY)
+    assert bool(one.flags & COUNTS) == bool(one.numbers or one.quantities)
+    assert bool(one.flags & NAMES) == bool(one.names or one.identifiers)
+    assert bool(one.flags & STARTS) == (one.source >= 0)
+    assert bool(one.flags & REPEATS) == (len(one.order) > len(one.terms))
+    assert bool(one.flags & PHRASES) == any(term in lexicon().parts for term in one.terms)
+    assert one.opposed == {code ^ 1 for code in one.opposites} - one.opposites
+
+
+def test_a_profile_of_another_version_is_refused() -> None:
+    data = profile("How deep is the lake?", key=KEY).encode()
+    for version in {*range(256)} - {data[0]}:
+        with pytest.raises(ValueError, match="version"):
+            Profile.decode(bytes((version,)) + data[1:])
 
 
 @given(TEXTS, TEXTS)
@@ -191,6 +211,7 @@ def test_a_difference_that_changes_the_answer_is_named(cached: str, new: str, co
         ("How do I reserve a kayak?", "How can I book a kayak?"),
         ("How do I reserve a kayak?", "Hello, quick question: how do I reserve a kayak? Thanks!"),
         ("How do I reserve a kayak?", "How do I resreve a kayak"),
+        ("Is zorblaxing a way to zorblax the lake?", "Is zorlbaxed a way to zorlbax the lake?"),
         ("Where is the boat house?", "What is the location of the boat house?"),
         ("What does a guide cost?", "How much is a guide?"),
         ("Can four persons share a tent?", "Can 4 people share a tent?"),
