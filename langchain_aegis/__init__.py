@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what `__getattr__` imports when it is asked for, said to type checkers
     from langchain_aegis.cache import AegisSemanticCache as AegisSemanticCache
     from langchain_aegis.chat_models import ChatAegis as ChatAegis
+    from langchain_aegis.embedding_cache import AegisEmbeddingCache as AegisEmbeddingCache
     from langchain_aegis.embeddings import AegisEmbeddings as AegisEmbeddings
     from langchain_aegis.errors import AegisClosedError as AegisClosedError
     from langchain_aegis.errors import AegisConfigError as AegisConfigError
@@ -47,6 +48,7 @@ _HOME_OF = {
     "AegisConnectionError": "errors",
     "AegisContextOverflowError": "errors",
     "AegisDeadlineError": "errors",
+    "AegisEmbeddingCache": "embedding_cache",
     "AegisEmbeddings": "embeddings",
     "AegisError": "errors",
     "AegisModelNotFoundError": "errors",

@@ -48,8 +48,8 @@ EXCEPTIONS = {
 }
 
 PUBLIC = [
-    "ChatAegis", "AegisEmbeddings", "AegisSemanticCache", "AegisCacheMiddleware", "AegisRouter", "AegisSettings",
-    "Answer", "BatchingChatModel", "BatchingEmbeddings", "BatchingRunnable", "batch_progress",
+    "ChatAegis", "AegisEmbeddings", "AegisSemanticCache", "AegisCacheMiddleware", "AegisEmbeddingCache", "AegisRouter",
+    "AegisSettings", "Answer", "BatchingChatModel", "BatchingEmbeddings", "BatchingRunnable", "batch_progress",
     "batching", "aegis_scope", "aegis_sources", "was_cached",
     "AegisError", "AegisClosedError", "AegisConfigError", "AegisConnectionError", "AegisContextOverflowError",
     "AegisDeadlineError", "AegisModelNotFoundError", "AegisOptionError", "AegisOverloadedError", "AegisRequestError",
