@@ -26,7 +26,7 @@ from langchain_aegis import (
 from langchain_aegis.admission import Admission
 from langchain_aegis.notices import forget_warnings
 from langchain_aegis.pools import Pool
-from langchain_aegis.servers import admissions, server_of
+from langchain_aegis.servers import admission_of, admissions, server_of
 from langchain_aegis.spread import Spread
 from langchain_aegis.testing import ScriptedOllama
 from langchain_aegis.traits import NO_TRAITS
@@ -410,6 +410,30 @@ async def test_calls_that_wait_go_to_the_server_that_is_left(servers):
     answers = await asyncio.wait_for(asyncio.gather(*calls), LONG_S)
     assert len(answers) == 40
     assert other.counters.max_running <= 4
+
+
+@wrapped
+async def test_who_leaves_leaves_nothing_behind(servers, wrap):
+    one, other = servers
+    asked = wrap(model(servers))
+    pool = admission_of(asked)
+    with one.hold(), other.hold():
+        calls = [asyncio.create_task(asked.ainvoke(f"question {n}")) for n in range(12)]
+
+        async def read(n):
+            return [chunk async for chunk in asked.astream(f"stream {n}")]
+
+        calls += [asyncio.create_task(read(n)) for n in range(4)]
+        for server in servers:
+            await server.await_until(lambda server: server.waiting == 4)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        for server in servers:
+            await server.await_until(lambda server: server.disconnects == 4)
+    assert pool.busy == 0
+    for member in pool._members.values():
+        assert member.admission.busy == len(member.under_way) == 0
 
 
 async def test_a_router_falls_back_when_all_are_away(servers):
