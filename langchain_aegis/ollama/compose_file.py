@@ -111,7 +111,7 @@ def assignment(item: Text) -> tuple[Text, Text | None]:
     start, end = place.name
     quoted = item.raw[:1] in ("'", '"')
     spans = ((start + quoted, start + inner), (start + inner + 1, end - quoted))
-    inside = Place(place.path, place.line, *spans, place.entry)
+    inside = Place(place.path, place.line, *spans, place.entry, yaml=True)
     return Text(name, inside, item.raw), Text(value, inside, item.raw[inner + 1 :])
 
 
@@ -183,7 +183,7 @@ class _Reader:
         if node.tag == "tag:yaml.org,2002:null" and getattr(node, "style", None) is None:
             return None
         span = (node.start_mark.index, self.end(node))
-        place = Place(self.path, node.start_mark.line + 1, span, span, entry or span, quotes=True)
+        place = Place(self.path, node.start_mark.line + 1, span, span, entry or span, yaml=True, quotes=True)
         self.uses |= names(node.value)
         return Text(interpolate(node.value, self.values), place, self.text[slice(*span)])
 
@@ -210,7 +210,7 @@ class _Reader:
         aliased = value.start_mark.index < end  # it stands where its anchor is
         last = end if aliased else max(end, self.end(value))
         after = (end, end) if aliased else (value.start_mark.index, last)
-        place = Place(self.path, node.start_mark.line + 1, (start, end), after, (start, last), quotes=True)
+        place = Place(self.path, node.start_mark.line + 1, (start, end), after, (start, last), yaml=True, quotes=True)
         return Text(str(node.value), place, self.text[start:end], override=value.tag == "!override")
 
     def end(self, node: yaml.Node) -> int:

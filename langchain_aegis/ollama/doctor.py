@@ -14,7 +14,7 @@ from langchain_aegis.attempts import Timeouts
 from langchain_aegis.client import OllamaClient
 from langchain_aegis.ollama.compose import check_project
 from langchain_aegis.ollama.env_files import Variable, read_variables
-from langchain_aegis.ollama.environment import check_repeated, check_variables
+from langchain_aegis.ollama.environment import check_repeated, check_variables, only_server
 from langchain_aegis.ollama.findings import Finding
 from langchain_aegis.ollama.knowledge import bare
 from langchain_aegis.ollama.probe import probe as ask
@@ -75,7 +75,9 @@ def read_files(compose: Sequence[Path], env_files: Sequence[Path]) -> Files:
     for path, variables in read:
         if path.resolve() not in project.env_files:
             files.findings += check_repeated(variables)
-            files.findings += check_variables(dict(variables), server_only=False, elsewhere=project.uses)
+            names = {name for name, _ in variables}
+            own = only_server(names) and not names & project.uses
+            files.findings += check_variables(dict(variables), server_only=own, elsewhere=project.uses)
     files.findings += project.findings
     files.values = {**{n: bare(v) for n, v in filled.items() if n.startswith("OLLAMA_") and v}, **project.values}
     files.gpu = project.gpu

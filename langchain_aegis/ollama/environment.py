@@ -11,6 +11,7 @@ from langchain_aegis.ollama.findings import Finding, Severity
 from langchain_aegis.ollama.knowledge import ServerSetting, bare, knowledge, version_tuple
 from langchain_aegis.ollama.places import Edit
 
+_SERVERS = ("OLLAMA_", "LLAMA_ARG_", "CUDA_", "NVIDIA_", "HIP_", "ROCR_", "HSA_", "GGML_")
 _ZERO = re.compile(r"[+-]?(0+(\.0*)?(ns|us|µs|ms|s|m|h)?)+")
 _EVERYWHERE = re.compile(r"(https?://)?(0\.0\.0\.0|\[?::\]?)(:\d+)?/?")
 _UNITS = {"s": "s", "sec": "s", "secs": "s", "second": "s", "seconds": "s", "m": "m", "min": "m", "mins": "m",
@@ -39,6 +40,13 @@ def check_variables(
             yield from judge.one(name, variable)
     if not set(elsewhere) >= set(variables):
         yield from judge.together()
+
+
+def only_server(variables: Collection[str]) -> bool:
+    """Say whether an env file is the server's alone: it holds its settings, and nothing for an application."""
+    table = knowledge()
+    ours = all(name.startswith(_SERVERS) and name not in table.application for name in variables)
+    return ours and any(table.setting(name).status == "read" for name in variables if name != "OLLAMA_HOST")
 
 
 def check_repeated(variables: list[tuple[str, Variable]]) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ class Place:
         name: Span of the entry's name; of a list's item, the item.
         value: Span of its value.
         entry: Span of name and value together.
+        yaml: It stands in a YAML file.
         quotes: The value is YAML of its own, which a new one is quoted for; not so in `NAME=value`.
     """
 
@@ -25,6 +26,7 @@ class Place:
     name: tuple[int, int]
     value: tuple[int, int]
     entry: tuple[int, int]
+    yaml: bool = False
     quotes: bool = False
 
 

@@ -48,7 +48,7 @@ class Configuration:
 def configuration(service: Service) -> Configuration:
     """Read the options of a Redis service from its command, its variables and the files that it mounts."""
     found = Configuration()
-    variables = {name: variable.value for name, variable in service.environment}
+    variables = {str(name): None if value is None else str(value) for name, value in service.pairs}
     words = list(service.started.words)
     for name in ("REDIS_ARGS", "VALKEY_EXTRA_FLAGS", "REDIS_EXTRA_FLAGS"):
         if name in variables:
@@ -198,7 +198,7 @@ def _other_policy(service: Service, policy: str) -> Edit | None:
         if isinstance(text, Text) and place is not None and text.raw.count(policy) == 1:
             start = place.name[0] + text.raw.index(policy)
             span = (start, start + len(policy))
-            return Edit("value", Place(place.path, place.line, span, span, span), "", "volatile-lru")
+            return Edit("value", Place(place.path, place.line, span, span, span, yaml=True), "", "volatile-lru")
     return None
 
 

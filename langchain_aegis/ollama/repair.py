@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+import yaml
+
 from langchain_aegis.ollama.findings import Finding
 from langchain_aegis.ollama.places import Edit
 
@@ -47,7 +49,7 @@ def repair(findings: Iterable[Finding]) -> list[Repaired]:
     for path, edits in by_file.items():
         before = path.read_bytes()
         bom = before.startswith(b"\xef\xbb\xbf")
-        text, changes = corrected(before.decode("utf-8-sig"), edits)
+        text, changes = corrected(before.decode("utf-8-sig"), edits, yaml_file=edits[0].place.yaml)
         after = (b"\xef\xbb\xbf" if bom else b"") + text.encode()
         by_hand = [f for f in findings if f.edit is None and f.severity in ("warning", "error")]
         here = [f for f in by_hand if f.where.startswith(f"{path}:") or f.where.startswith(f"{path} ")]
@@ -55,7 +57,7 @@ def repair(findings: Iterable[Finding]) -> list[Repaired]:
     return done
 
 
-def corrected(text: str, edits: Iterable[Edit]) -> tuple[str, int]:
+def corrected(text: str, edits: Iterable[Edit], *, yaml_file: bool) -> tuple[str, int]:
     """Return the text with the edits made, and how many; one that meets another's characters is left out."""
     taken: list[tuple[int, int]] = []
     changes: list[tuple[int, int, str]] = []
@@ -64,9 +66,30 @@ def corrected(text: str, edits: Iterable[Edit]) -> tuple[str, int]:
         if all(end <= a or start >= b for a, b in taken):
             taken.append((start, end))
             changes.append((start, end, new))
+    empty = set(_emptied(text)) if yaml_file else set()
     for start, end, new in sorted(changes, reverse=True):
         text = text[:start] + new + text[end:]
+    if yaml_file:
+        for at in sorted((at for path, at in _emptied(text).items() if path not in empty), reverse=True):
+            text = f"{text[:at]} {{}}{text[at:]}"  # compose wants a mapping there, not nothing
     return text, len(changes)
+
+
+def _emptied(text: str) -> dict[tuple[str, ...], int]:
+    """Return the keys without a value: path -> where a value would stand."""
+    found: dict[tuple[str, ...], int] = {}
+
+    def visit(node: yaml.Node | None, path: tuple[str, ...]) -> None:
+        if not isinstance(node, yaml.MappingNode) or len(path) > 3:
+            return
+        for key, value in node.value:
+            here = (*path, str(key.value))
+            if isinstance(value, yaml.ScalarNode) and value.value == "" and value.style is None:
+                found[here] = text.index(":", key.end_mark.index) + 1
+            visit(value, here)
+
+    visit(yaml.compose(text, Loader=yaml.SafeLoader), ())
+    return found
 
 
 def _change(text: str, edit: Edit) -> tuple[int, int, str]:

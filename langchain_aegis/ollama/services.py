@@ -98,15 +98,17 @@ class Service:
         )  # fmt: skip
 
     @property
+    def pairs(self) -> list[tuple[Any, Any]]:
+        """Name and text of `environment` in their order, repeated ones too; in either of its forms."""
+        given = self.data.get("environment")
+        if isinstance(given, Mapping):
+            return list(given.items())
+        return [assignment(item) for item in as_list(given) if isinstance(item, Text)]
+
+    @property
     def environment(self) -> list[tuple[str, Variable]]:
         """The variables of `environment` in their order, repeated ones too."""
-        given = self.data.get("environment")
-        items: Iterator[tuple[Any, Any]]
-        if isinstance(given, Mapping):
-            items = iter(given.items())
-        else:
-            items = (assignment(item) for item in as_list(given) if isinstance(item, Text))
-        return [(str(name), self._variable(name, value)) for name, value in items]
+        return [(str(name), self._variable(name, value)) for name, value in self.pairs]
 
     def _variable(self, name: Any, value: Any) -> Variable:
         text = str(value) if isinstance(value, Text) else None
