@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from datetime import UTC, datetime
+from pathlib import Path
 
 import httpx
 import pytest
@@ -15,12 +18,14 @@ from langchain_aegis.ollama.compose import check_compose
 from langchain_aegis.ollama.doctor import check_servers, read_files
 from langchain_aegis.ollama.env_files import Variable, read_env_file
 from langchain_aegis.ollama.environment import check_variables
-from langchain_aegis.ollama.findings import Finding, exit_code
+from langchain_aegis.ollama.findings import Finding, exit_code, render_codes
+from langchain_aegis.ollama.findings import codes as codes_of_table
 from langchain_aegis.ollama.knowledge import knowledge
 from langchain_aegis.ollama.redis_checks import judge_redis
-from langchain_aegis.ollama.server_checks import Told, judge_window
+from langchain_aegis.ollama.server_checks import Told, judge_loaded, judge_quantisation, judge_version, judge_window
 from langchain_aegis.settings import AegisSettings
 
+ROOT = Path(__file__).resolve().parent.parent
 TABLE = knowledge()
 CLEAN = """
 services:
@@ -521,7 +526,9 @@ def test_the_command_prints_findings_and_nothing_else_as_json(ollama, redis_url)
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"), [("OLLAMA_NUM_PARALLEL=4", 0), ("OLLAMA_NUM_CTX=8192", 1), ("OLLAMA_KV_CACHE_TYPE=int4", 2)]
+    ("line", "expected"),
+    [("OLLAMA_CONTEXT_LENGTH=8192", 0), ("OLLAMA_NUM_CTX=8192", 1), ("OLLAMA_KV_CACHE_TYPE=int4", 2)],
+    [("OLLAMA_CONTEXT_LENGTH=8192", 0), ("OLLAMA_NUM_CTX=8192", 1), ("OLLAMA_KV_CACHE_TYPE=int4", 2)],
 )
 def test_the_exit_code_is_that_of_the_worst_finding(tmp_path, line, expected):
     (tmp_path / "x.env").write_text(f"{line}\n")
@@ -538,7 +545,163 @@ def test_offline_asks_nobody(tmp_path, ollama):
     assert not ollama.requests
 
 
-def test_offline_without_a_file_is_one_line_on_stderr():
-    code, out, err = doctor("--offline")
+# -- What a running server tells ---------------------------------------------------------------------------------
+
+NOW = datetime(2026, 8, 21, 12, 0, tzinfo=UTC)
+
+
+def loaded(**changes):
+    """Return an entry of /api/ps as Ollama 0.33 writes it, all in video memory and kept for long."""
+    entry = {
+        "name": "chat:8b", "model": "chat:8b", "size": 8 * 2**30, "size_vram": 8 * 2**30, "context_length": 8192,
+        "expires_at": "2026-08-21T14:30:00.123456789+02:00", "digest": "abc",
+        "details": {"family": "llama", "families": ["llama"], "quantization_level": "Q4_K_M"},
+    }  # fmt: skip
+    return entry | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpu", "slots", "expected"),
+    [
+        ({}, True, 4, []),
+        ({"size_vram": 6 * 2**30}, False, 4, [("model-on-cpu", "warning", "25 %")]),
+        ({"size_vram": 0}, True, 4, [("model-on-cpu", "warning", "wholly")]),
+        ({"size_vram": 0}, False, 4, [("model-on-cpu", "info", "wholly")]),
+        ({"size": None, "size_vram": None}, True, 4, []),
+        ({"expires_at": "2026-08-21T12:00:42Z"}, True, 4, [("keep-alive-expiring", "warning", "42 seconds")]),
+        ({"expires_at": "2026-08-21T14:00:42.5+02:00"}, True, 4, [("keep-alive-expiring", "warning", "42 seconds")]),
+        ({"expires_at": "2026-08-21T12:04:00Z"}, True, 4, []),
+        ({"expires_at": "2026-08-21T11:59:00Z"}, True, 4, []),  # the clocks differ
+        ({"expires_at": "2319-01-01T00:00:00Z"}, True, 4, []),
+        ({"expires_at": "soon"}, True, 4, []),
+        ({"details": {"family": "qwen3vl", "families": None}}, True, 4, [("one-slot", "warning", "qwen3vl")]),
+        ({"details": {"family": "qwen3vl"}}, True, 1, []),
+        ({"details": {"family": "qwen3vl"}}, True, None, []),
+        ({"details": None}, True, 4, []),
+    ],
+)  # fmt: skip
+def test_a_loaded_model_is_judged(changes, gpu, slots, expected):
+    findings = judge_loaded("w", loaded(**changes), now=NOW, gpu=gpu, slots=slots, version="0.33.0")
+    found = [(f.code, f.severity, f.what) for f in findings]
+    assert [(code, severity) for code, severity, _ in found] == [(code, severity) for code, severity, _ in expected]
+    assert all(says in what for (_, _, says), (_, _, what) in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("level", "capabilities", "says"),
+    [
+        ("Q4_K_M", ["completion"], None), ("Q8_0", [], None), ("MXFP4", [], None), ("Q3_K_S", [], None),
+        ("F16", ["embedding"], None), ("F16", ["completion"], "not quantised"), ("BF16", None, "not quantised"),
+        ("Q2_K", ["completion"], "Q2_K"), ("IQ1_M", ["completion"], "IQ1_M"), ("", [], None),
+    ],
+)  # fmt: skip
+def test_an_unusual_quantisation_is_said(level, capabilities, says):
+    model = {"name": "m", "details": {"quantization_level": level}, "capabilities": capabilities}
+    found = list(judge_quantisation("w", model))
+    assert [f.severity for f in found] == ([] if says is None else ["info"])
+    assert all(says in f.what for f in found)
+
+
+@pytest.mark.parametrize(
+    ("version", "severity", "says"),
+    [
+        ("0.33.0-rc2", "ok", "0.33.0-rc2"), ("0.30.0", "ok", "0.30.0"), ("0.24.0", "warning", "older than 0.30.0"),
+        ("0.9.6", "warning", "0.9.6"), ("0.35.1", "info", "unknown to us"), ("", "info", "unknown"),
+        ("main", "info", "unknown"),
+    ],
+)  # fmt: skip
+def test_the_servers_version_is_judged(version, severity, says):
+    finding = judge_version("w", version)
+    assert (finding.severity, says in finding.what) == (severity, True)
+    assert ("cannot refuse a prompt" in finding.why) == (version == "0.9.6")
+
+
+# -- The probe ---------------------------------------------------------------------------------------------------
+
+
+def probed(server, redis_url, monkeypatch, **settings):
+    """Run the doctor with a probe on a server whose loads take 0.1 s; returns what the probe says."""
+    from langchain_aegis.ollama import probe
+
+    monkeypatch.setattr(probe, "RELOADED_S", 0.05)
+    settings = AegisSettings(ollama_base_url=server.base_url, redis_url=redis_url, **settings)
+    findings = list(check_servers(settings, probe=True))
+    return [f for f in findings if f.code in ("probe", "reload-ping-pong", "models-evict-each-other")]
+
+
+def test_a_probe_on_a_quiet_server_says_how_fast_it_is(redis_url, monkeypatch):
+    from langchain_aegis.testing import ScriptedOllama
+
+    with ScriptedOllama(["chat:8b", "bge-m3"], load_s=0.1) as server:
+        (finding,) = probed(server, redis_url, monkeypatch, model_generation="chat:8b")
+        assert (finding.code, finding.severity) == ("probe", "ok")
+        assert server.routes["/api/chat"] == 2
+        assert all("keep_alive" not in chat and set(chat["options"]) == {"num_predict"} for chat in server.chats)
+
+
+def test_a_probe_sees_an_embedding_model_drive_the_chat_model_out(redis_url, monkeypatch):
+    from langchain_aegis.testing import ScriptedOllama
+
+    with ScriptedOllama(["chat:8b", "bge-m3"], load_s=0.1, max_loaded=1) as server:
+        finding, _ = probed(server, redis_url, monkeypatch, model_generation="chat:8b")
+    assert (finding.code, finding.severity) == ("models-evict-each-other", "warning")
+    assert "bge-m3" in finding.what and "OLLAMA_MAX_LOADED_MODELS" in finding.fix
+
+
+def test_a_probe_sees_that_others_send_other_options(redis_url, monkeypatch):
+    from langchain_aegis.testing import ScriptedOllama
+
+    with ScriptedOllama(["chat:8b", "bge-m3"], load_s=0.1) as server:
+        load(server, "chat:8b", num_ctx=8192)
+        finding, _ = probed(server, redis_url, monkeypatch, model_generation="chat:8b")
+    assert (finding.code, finding.severity) == ("reload-ping-pong", "warning")
+    assert "8192" in finding.what
+
+
+def test_a_probe_that_cannot_ask_says_so(ollama, redis_url, monkeypatch):
+    (finding,) = probed(ollama, redis_url, monkeypatch, model_generation="absent:1b")
+    assert (finding.code, finding.severity) == ("probe", "info")
+    assert not ollama.chats
+    ollama.fail(500, times=None, path="/api/chat")
+    (finding,) = probed(ollama, redis_url, monkeypatch, model_generation="chat:8b")
+    assert (finding.code, finding.severity) == ("probe", "error")
+
+
+# -- The command -------------------------------------------------------------------------------------------------
+
+
+def test_a_corrected_copy_is_written_on_request_only(tmp_path):
+    path = tmp_path / "compose.yml"
+    path.write_text("services: {ollama: {image: 'ollama/ollama:0.32.15', environment: {OLLAMA_NUM_CTX: 8192}}}\n")
+    assert doctor("--offline", "--compose", path)[0] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["compose.yml"]
+    code, out, err = doctor("--offline", "--json", "--fix", "--compose", path)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "compose.fixed.yml: 1 change" in err
+    assert {"code", "severity", "where", "what", "why", "fix"} == set(json.loads(out)[0])
+    assert doctor("--offline", "--compose", tmp_path / "compose.fixed.yml")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--fix"], "--compose"),
+        (["--offline", "--probe", "--env-file", "x"], "--offline"),
+        (["--offline"], "--compose"),
+    ],
+)
+def test_options_that_make_no_sense_are_one_line(arguments, says):
+    code, out, err = doctor(*arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "--compose" in err
+    assert says in err
+
+
+def test_the_documentation_lists_every_code():
+    """And the code reports no other: a finding's code is one of the table."""
+    text = (ROOT / "docs/doctor.md").read_text()
+    assert render_codes() in text
+    source = "".join(p.read_text() for p in (ROOT / "langchain_aegis/ollama").glob("*.py"))
+    source += (ROOT / "langchain_aegis/ollama/contradictions.toml").read_text()
+    used = set(re.findall(r'code ?= ?"([a-z-]+)"', source)) | {"models-evict-each-other", "setting-misspelt"}
+    assert used | {"setting-unknown", "reload-ping-pong"} == set(codes_of_table())
+    assert {f"{row.split('`')[1]}" for row in render_codes().splitlines()[2:]} == set(codes_of_table())

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from langchain_aegis.ollama.doctor import read_files
 from langchain_aegis.ollama.repair import repair
 
-
 IGNORED = "# aegis doctor: ignored by Ollama; use OLLAMA_CONTEXT_LENGTH (or the option num_ctx of a request)\n"
 
 
@@ -29,7 +28,8 @@ def fixed(path, text):
         ("OLLAMA_KEEP_ALIVE='0'\r\nX=1\r\n", "OLLAMA_KEEP_ALIVE='30m'\r\nX=1\r\n"),
         ("OLLAMA_SCHED_SPREAD=yes", "OLLAMA_SCHED_SPREAD=true"),
         ("OLLAMA_NUM_CTX=many\n", f"{IGNORED}# OLLAMA_NUM_CTX=many\n"),
-        ("OLLAMA_NUM_CTX=1\nOLLAMA_CONTEXT_LENGTH=8192\n", f"{IGNORED}# OLLAMA_NUM_CTX=1\nOLLAMA_CONTEXT_LENGTH=8192\n"),
+        ("OLLAMA_NUM_CTX=1\nOLLAMA_CONTEXT_LENGTH=8192\n",
+         f"{IGNORED}# OLLAMA_NUM_CTX=1\nOLLAMA_CONTEXT_LENGTH=8192\n"),
         ("OLLAMA_WARP=1\n", "OLLAMA_WARP=1\n"),
     ],
 )  # fmt: skip
