@@ -528,7 +528,6 @@ def test_the_command_prints_findings_and_nothing_else_as_json(ollama, redis_url)
 @pytest.mark.parametrize(
     ("line", "expected"),
     [("OLLAMA_CONTEXT_LENGTH=8192", 0), ("OLLAMA_NUM_CTX=8192", 1), ("OLLAMA_KV_CACHE_TYPE=int4", 2)],
-    [("OLLAMA_CONTEXT_LENGTH=8192", 0), ("OLLAMA_NUM_CTX=8192", 1), ("OLLAMA_KV_CACHE_TYPE=int4", 2)],
 )
 def test_the_exit_code_is_that_of_the_worst_finding(tmp_path, line, expected):
     (tmp_path / "x.env").write_text(f"{line}\n")

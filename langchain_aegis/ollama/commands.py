@@ -8,7 +8,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_OPERATORS = {"|", "||", "&&", ";", "&", "(", ")", "{", "}", "!", "if", "then", "else", "elif", "do", "while", "until"}
+_OPERATORS = {
+    "|",
+    "||",
+    "&&",
+    ";",
+    "&",
+    "(",
+    ")",
+    "{",
+    "}",
+    "!",
+    "if",
+    "then",
+    "else",
+    "elif",
+    "do",
+    "done",
+    "while",
+    "until",
+    "fi",
+}
 _WRAPPERS = {"exec", "timeout", "env", "sh", "bash", "ash", "nohup", "nice", "time", "eval", "command", "gosu"}
 _INSTALLS = re.compile(r"\b(apt(-get)?|apk|dnf|yum|microdnf)\b.*\b(install|add)\b")
 
@@ -33,6 +53,8 @@ def of_health_check(test: Any) -> Command:
         kind, words = str(test[0]), [str(word) for word in test[1:]]
         if kind == "NONE":
             return Command((), (), "")
+        if kind not in ("CMD", "CMD-SHELL"):  # forgotten, which compose refuses
+            return of_words([kind, *words])
         return of_text(words[0]) if kind == "CMD-SHELL" and words else of_words(words)
     return of_text(str(test or ""))
 
@@ -61,9 +83,15 @@ def of_words(words: Sequence[str], text: str = "") -> Command:
     """Return what words call that are taken apart already."""
     all_words: list[str] = []
     programs: list[str] = []
-    expected, loop = True, False
+    expected, loop, file = True, False, False
     for word in words:
         all_words.append(word)
+        if file:  # behind < or >
+            file = False
+            continue
+        if re.fullmatch(r"[<>&]*[<>][<>&]*", word):
+            file = True
+            continue
         if word in _OPERATORS:
             expected = True
         elif word == "for":

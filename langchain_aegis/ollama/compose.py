@@ -198,6 +198,15 @@ def _check_environment(service: Service, project: Project) -> Iterator[Finding]:
             continue
         yield from check_repeated(repeated)
         variables |= {name: v for name, v in repeated if name.startswith(("OLLAMA_", "LLAMA_ARG_"))}
+    for item in as_list(service.data.get("environment")):
+        if isinstance(item, Mapping) or (isinstance(item, Text) and "=" not in item and ":" in item):
+            key = next(iter(item), None) if isinstance(item, Mapping) else item
+            yield Finding(
+                code="entry-malformed", severity="error", where=service.where(key, "environment"),
+                what=f"`- {key}{': ...' if isinstance(item, Mapping) else ''}` is no variable of a list",
+                why="Compose refuses a mapping in a list; a text without `=` sets nothing.",
+                fix="Write - NAME=value, or take the dash away.",
+            )  # fmt: skip
     own = service.environment
     yield from check_repeated(own)
     variables |= dict(own)

@@ -62,7 +62,7 @@ def check_repeated(variables: list[tuple[str, Variable]]) -> Iterator[Finding]:
             code="setting-repeated", severity="warning" if differs else "info", where=variable.where,
             what=f"{name} is set more than once{'' if differs else ', to the same value'}",
             why="The last one counts; whoever reads the first is misled.", fix="Remove the first.",
-            edit=Edit("remove", before.place, "set again below") if before.place and differs else None,
+            edit=Edit("remove", before.place, "set again below") if before.place else None,
         )  # fmt: skip
 
 
@@ -133,7 +133,7 @@ class _Judge:
             why="The server does not read it." if self.server_only else "If it is meant for the server: it does not "
             "read it.",
             fix=f"Did you mean {near}?" if near else "Remove it, or set it where it is read.",
-            edit=self.rename(variable, near) if near and where and where.status == "read" else None,
+            edit=self.rename(variable, near) if near and where and where.status == "read" and ":" not in name else None,
         )  # fmt: skip
 
     def together(self) -> Iterator[Finding]:

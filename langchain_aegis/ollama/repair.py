@@ -43,7 +43,7 @@ def repair(findings: Iterable[Finding]) -> list[Repaired]:
     """
     by_file: dict[Path, list[Edit]] = {}
     for finding in findings:
-        if finding.edit is not None and finding.severity in ("warning", "error"):
+        if finding.edit is not None:
             by_file.setdefault(finding.edit.place.path, []).append(finding.edit)
     done = []
     for path, edits in by_file.items():

@@ -103,7 +103,13 @@ class Service:
         given = self.data.get("environment")
         if isinstance(given, Mapping):
             return list(given.items())
-        return [assignment(item) for item in as_list(given) if isinstance(item, Text)]
+        found: list[tuple[Any, Any]] = []
+        for item in as_list(given):  # `- NAME: value` is a mistake that compose refuses; its settings are known still
+            if isinstance(item, Mapping):
+                found += item.items()
+            elif isinstance(item, Text):
+                found.append(assignment(item))
+        return found
 
     @property
     def environment(self) -> list[tuple[str, Variable]]:
@@ -119,7 +125,8 @@ class Service:
     @property
     def ports(self) -> list[Port]:
         """The ports that it publishes."""
-        return [_port(port) for port in as_list(self.data.get("ports"))]
+        given = self.data.get("ports")
+        return [_port(port) for port in ([given] if isinstance(given, Text) else as_list(given))]
 
     @property
     def env_files(self) -> list[tuple[str, bool]]:
