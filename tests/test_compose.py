@@ -28,7 +28,8 @@ FILE = ROOT / "docker-compose.dgx-spark.yml"
 TEXT = FILE.read_text()
 COMPOSE = yaml.safe_load(TEXT)
 SERVICES = COMPOSE["services"]
-SERVERS = ("ollama", "redis")
+OLLAMA_AND_REDIS = ("ollama", "redis")
+SERVERS = (*OLLAMA_AND_REDIS, "prometheus", "grafana")
 TABLE = knowledge()
 ONCE = Retry(NoBackoff(), 0)
 PASSWORD = "a password, with blanks & $igns"
@@ -69,11 +70,15 @@ def test_ports_are_published_on_loopback_only(name):
 
 
 @pytest.mark.parametrize("name", SERVICES)
+def test_images_name_a_version(name):
+    assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+", SERVICES[name]["image"])
+
+
+@pytest.mark.parametrize("name", [*OLLAMA_AND_REDIS, "pull"])
 def test_images_name_the_version_that_the_table_names(name):
     repository, _, tag = SERVICES[name]["image"].partition(":")
     (image,) = (image for image in TABLE.image.values() if repository in image.names)
     assert tag == image.tag
-    assert re.fullmatch(r"\d+\.\d+\.\d+", tag)
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -87,7 +92,7 @@ def test_every_service_is_hardened(name):
     assert not {"privileged", "cap_add", "pid", "ipc", "devices"} & set(service)
 
 
-@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize("name", OLLAMA_AND_REDIS)
 def test_health_checks_call_what_the_image_has(name):
     programs = of_health_check(SERVICES[name]["healthcheck"]["test"]).programs
     assert programs
