@@ -60,13 +60,14 @@ def footer(report: Mapping[str, Any]) -> tuple[str, str]:
     """Return in two lines what was measured on what, with which settings and how much noise."""
     at, told, noise = report["machine"], report["settings"], report["noise"]
     server = f"Ollama {told['ollama']} {told['ollama_version']}, {told['model']}" if "model" in told else "scripted"
-    slowest = f"{1 + noise['spread']:.1f} times its shortest time"
+    spin = noise["spin_ms"]
+    took = f"{number(spin['low'])} to {number(spin['high'])} ms, median {number(spin['median'])}"
     length = f"{told['tokens']} tokens per answer, " if told.get("tokens") else ""
     return (
         _ascii(f"{_shorter(at['processor'])}, {at['cores']} cores, load {at['load_before']} to {at['load_after']}; "
                f"Python {at['python']}; langchain-aegis {report['package']}; {server}"),
         _ascii(f"Medians of interleaved rounds; bars span all rounds. {length}seed {told['seed']}, "
-               f"{report['made_at'][:10]}. Noise: the same computation took up to {slowest}."),
+               f"{report['made_at'][:10]}. Noise: the same computation took {took}."),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from langchain_aegis.bench.figures import Figure
+from langchain_aegis.bench.figures import Figure, percentile
 
 _PACKAGES = ("langchain-aegis", "langchain-core", "langchain-ollama", "httpx", "redis", "onnxruntime", "xllamacpp")
 _LOOPS = 300_000  # about 20 ms
@@ -56,11 +56,15 @@ def spin_s() -> float:
 
 
 def noise(spins: Sequence[float]) -> dict[str, Any]:
-    """Return how far apart the same computation was; `spread` 0.2: the slowest took 20 % longer than the fastest."""
+    """Return how far apart the same computation was.
+
+    `spread` 0.2: the upper quartile took 20 % longer than the lower one. The extremes are told, but one process that
+    was interrupted once says nothing about a median.
+    """
     of = Figure(workload="noise", name="spin", way="", unit="ms", better="lower", values=tuple(s * 1e3 for s in spins))
     return {
         "spin_ms": {"median": of.median, "low": of.low, "high": of.high, "times": len(spins)},
-        "spread": round(of.high / of.low - 1, 3),
+        "spread": round(percentile(spins, 0.75) / percentile(spins, 0.25) - 1, 3),
     }
 
 

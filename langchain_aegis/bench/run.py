@@ -32,6 +32,7 @@ FORMAT = "aegis-bench/1"
 PARTS = ("client", "callers", "rag")
 _NAMESPACE = "aegis-bench"
 _TOKENS_EMBEDDED, _TOKENS = 8, 64
+_SPINS = 3  # after each round
 _OP_BUDGET_S, _EMBED_BUDGET_S = 2.0, 30.0  # a busy machine must not turn hits into misses
 
 
@@ -55,7 +56,7 @@ class Plan:
     callers: tuple[int, ...] = (1, 2, 4, 8, 16)
     tokens: int | None = None
     mix: int = 200
-    timed: int = 20
+    timed: int = 10
     client_rounds: int = 7
     seed: int = 7
 
@@ -70,7 +71,7 @@ class Plan:
             raise AegisConfigError("an answer needs at least 2 tokens")
 
 
-QUICK = Plan(callers=(1, 4), tokens=4, mix=40, timed=10, client_rounds=3)
+QUICK = Plan(callers=(1, 4), tokens=4, mix=40, client_rounds=3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,5 +198,5 @@ class _Run:
             await aclose(ways["ChatOllama"])
 
     def _round(self, figures: list[Figure]) -> None:
-        self.spins.append(machine.spin_s())
+        self.spins += [machine.spin_s() for _ in range(_SPINS)]
         self.figures += figures

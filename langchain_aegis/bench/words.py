@@ -73,7 +73,8 @@ def setting_lines(report: Mapping[str, Any]) -> list[str]:
         f"Versions: {_joined(report['versions'])}",
         f"Settings: {_joined(report['settings'])}",
         f"Noise: the same computation, {spin['times']} times, took {number(spin['median'])} ms "
-        f"({number(spin['low'])} to {number(spin['high'])}); measured {report['made_at']}, in {report['took_s']:.0f} s",
+        f"({number(spin['low'])} to {number(spin['high'])}), the quartiles {noise['spread']:.0%} apart",
+        f"Measured: {report['made_at']}, in {report['took_s']:.0f} s",
     ]
 
 
