@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ def models(model: str, base_url: str, tokens: int, cache: BaseCache) -> dict[str
 
 
 async def measure(
-    ways: dict[str, BaseChatModel], levels: Sequence[int], rounds: int, prompts: Prompts
+    ways: dict[str, BaseChatModel], levels: Sequence[int], rounds: int, prompts: Prompts, say: Callable[[str], None]
 ) -> AsyncIterator[list[Figure]]:
     """Measure round by round, the ways in turn; yields after each round, and at last all figures.
 
@@ -76,6 +76,7 @@ async def measure(
         levels: Numbers of callers.
         rounds: How often everything is done.
         prompts: Where the prompts come from.
+        say: Told when a round begins.
 
     Raises:
         AegisError: The server failed.
@@ -85,6 +86,7 @@ async def measure(
         await _answer(ways[name], prompts.fresh(1)[0])
     kept = await _keep(ways["cached"], prompts)
     for number in range(rounds):
+        say(f"  round {number + 1} of {rounds}")
         for callers in levels:
             turn = WAYS[number % len(WAYS) :] + WAYS[: number % len(WAYS)]  # none always comes first
             for name in turn:

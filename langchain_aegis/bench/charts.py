@@ -10,7 +10,7 @@ from typing import Any
 from langchain_aegis.bench.drawing import FAINT, INK, Canvas
 from langchain_aegis.bench.figures import Figure, find, number
 
-WIDTH, HEIGHT = 900, 440
+WIDTH, HEIGHT = 900, 456
 # Okabe and Ito's colours, which the colour-blind tell apart; each has a marker of its own, too.
 _COLOURS = {"ChatOllama": "#555555", "ChatAegis": "#0072b2", "batched": "#d55e00", "cached": "#009e73"}
 _TIERS = (("exact", "exact hit", "#009e73"), ("semantic", "hit by meaning", "#56b4e9"),
@@ -19,7 +19,7 @@ _KINDS = {
     "repeat": "exact repeats", "paraphrase": "paraphrases", "new": "new questions", "trap": "traps beside them",
     "own": "own questions",
 }  # fmt: skip
-_LEFT, _RIGHT, _TOP, _BOTTOM = 80, 30, 96, 106
+_LEFT, _RIGHT, _TOP, _BOTTOM = 80, 30, 96, 122
 _CALLERS = {
     "latency_p50": ("Time to a whole answer, median", "seconds"),
     "first_token_p50": ("Time to the first token, median", "seconds"),
@@ -56,26 +56,27 @@ def charts(report: Mapping[str, Any]) -> Iterator[Chart]:
         yield Chart("rag-answered", "What the cache answers", lambda canvas: _draw_answered(canvas, answered, notes))
 
 
-def footer(report: Mapping[str, Any]) -> tuple[str, str]:
-    """Return in two lines what was measured on what, with which settings and how much noise."""
-    at, told, noise = report["machine"], report["settings"], report["noise"]
+def footer(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return in short lines what was measured on what, with which settings and how much noise."""
+    at, told, spin = report["machine"], report["settings"], report["noise"]["spin_ms"]
     server = f"Ollama {told['ollama']} {told['ollama_version']}, {told['model']}" if "model" in told else "scripted"
-    spin = noise["spin_ms"]
-    took = f"{number(spin['low'])} to {number(spin['high'])} ms, median {number(spin['median'])}"
     length = f"{told['tokens']} tokens per answer, " if told.get("tokens") else ""
-    return (
-        _ascii(f"{_shorter(at['processor'])}, {at['cores']} cores, load {at['load_before']} to {at['load_after']}; "
-               f"Python {at['python']}; langchain-aegis {report['package']}; {server}"),
-        _ascii(f"Medians of interleaved rounds; bars span all rounds. {length}seed {told['seed']}, "
-               f"{report['made_at'][:10]}. Noise: the same computation took {took}."),
-    )  # fmt: skip
+    lines = (
+        f"{_shorter(at['processor'])}, {at['cores']} cores, load {at['load_before']} to {at['load_after']}; "
+        f"the same computation took {number(spin['low'])} to {number(spin['high'])} ms, "
+        f"median {number(spin['median'])}",
+        f"{server}; langchain-aegis {report['package']}, Python {at['python']}; {length}seed {told['seed']}, "
+        f"{report['made_at'][:10]}",
+        "Medians of interleaved rounds; bars span all rounds.",
+    )
+    return tuple(line.encode("ascii", "replace").decode() for line in lines)
 
 
-def _drawer(figures: list[Figure], title: str, unit: str, notes: tuple[str, str]) -> Callable[[Canvas], None]:
+def _drawer(figures: list[Figure], title: str, unit: str, notes: tuple[str, ...]) -> Callable[[Canvas], None]:
     return lambda canvas: _draw_lines(canvas, figures, title, unit, notes)
 
 
-def _draw_lines(canvas: Canvas, figures: list[Figure], title: str, unit: str, notes: tuple[str, str]) -> None:
+def _draw_lines(canvas: Canvas, figures: list[Figure], title: str, unit: str, notes: tuple[str, ...]) -> None:
     """Draw a line per way over the number of callers; the scale of the values is logarithmic."""
     ways = [way for way in _COLOURS if find(figures, way=way)]
     levels = sorted({f.callers for f in figures})
@@ -109,7 +110,7 @@ def _draw_lines(canvas: Canvas, figures: list[Figure], title: str, unit: str, no
             _mark(canvas, way, *point)
 
 
-def _draw_costs(canvas: Canvas, figures: list[Figure], notes: tuple[str, str]) -> None:
+def _draw_costs(canvas: Canvas, figures: list[Figure], notes: tuple[str, ...]) -> None:
     _head(
         canvas,
         "What one answer of 512 tokens costs the client",
@@ -141,7 +142,7 @@ def _draw_costs(canvas: Canvas, figures: list[Figure], notes: tuple[str, str]) -
                 canvas.text(max(ends[1], left) + 8, top + height / 2 + 4, text, size=12)
 
 
-def _draw_answered(canvas: Canvas, answered: Mapping[str, Any], notes: tuple[str, str]) -> None:
+def _draw_answered(canvas: Canvas, answered: Mapping[str, Any], notes: tuple[str, ...]) -> None:
     kinds: dict[str, Mapping[str, int]] = {k: answered["kinds"][k] for k in _KINDS if k in answered["kinds"]}
     mix = [kinds[k] for k in kinds if k != "trap"]
     total = {name: sum(row[name] for row in mix) for name in ("asked", "exact", "semantic", "wrong")}
@@ -179,11 +180,11 @@ def _draw_answered(canvas: Canvas, answered: Mapping[str, Any], notes: tuple[str
         canvas.text(left + 0.875 * (right - left), y - 6, "expected: 85 to 90 %", size=11, anchor="middle")
 
 
-def _head(canvas: Canvas, title: str, about: str, notes: tuple[str, str]) -> None:
+def _head(canvas: Canvas, title: str, about: str, notes: tuple[str, ...]) -> None:
     canvas.text(20, 30, title, size=18, bold=True)
     canvas.text(20, 52, about, size=13)
     for at, note in enumerate(notes):
-        canvas.text(20, canvas.height - 28 + 16 * at, note, size=11, colour="#595959")
+        canvas.text(20, canvas.height - 44 + 16 * at, note, size=11, colour="#595959")
 
 
 def _legend(canvas: Canvas, entries: Sequence[tuple[str, str]], *, marked: bool = True) -> None:
@@ -233,7 +234,3 @@ def _tick(value: float) -> str:
 
 def _shorter(processor: str) -> str:
     return " ".join(processor.replace("(R)", "").replace("(TM)", "").replace(" CPU", "").split())[:40]
-
-
-def _ascii(text: str) -> str:
-    return text.encode("ascii", "replace").decode()

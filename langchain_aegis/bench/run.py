@@ -147,7 +147,7 @@ class _Run:
         self._say("what an answer costs the client ...")
         with scripted_server() as address:
             for figures in client_cost.measure(address, self.plan.client_rounds):
-                self._round(figures)
+                self._note(figures)
 
     async def with_servers(self, stack: Stack) -> None:
         """Measure what needs a model, Redis and an embedder."""
@@ -181,9 +181,10 @@ class _Run:
         for number in range(plan.rounds):
             stream = self._own or draw_mix(load(), plan.timed, plan.seed + number)
             stream = replace(stream, traffic=stream.traffic[: plan.timed])  # of prompts of one's own, the first
+            self._say(f"  round {number + 1} of {plan.rounds}")
             await traffic.time(stream, f"timed-{number}", pipeline.answer, figures)
-            self._round([])
-        self._round(figures.done())
+            self._note([])
+        self._note(figures.done())
 
     async def _callers(self, stack: Stack, cache: AegisSemanticCache, tokens: int) -> None:
         plan = self.plan
@@ -192,11 +193,12 @@ class _Run:
         ways = callers.models(stack.model, stack.ollama_url, tokens, cache)
         prompts = callers.Prompts(questions, plan.seed)
         try:
-            async for figures in callers.measure(ways, plan.callers, plan.rounds, prompts):
-                self._round(figures)
+            async for figures in callers.measure(ways, plan.callers, plan.rounds, prompts, self._say):
+                self._note(figures)
         finally:
             await aclose(ways["ChatOllama"])
 
-    def _round(self, figures: list[Figure]) -> None:
+    def _note(self, figures: list[Figure]) -> None:
+        """Take what a round, or all of them, gave; and see how fast the machine is now."""
         self.spins += [machine.spin_s() for _ in range(_SPINS)]
         self.figures += figures
