@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import replay
+from categories import guards_of, kind_of
 
 from langchain_aegis import pairs as packaged
 from langchain_aegis.calibration import Share, calibrate, embed_texts, measure, served
@@ -27,23 +28,10 @@ QUERIES, SEEDS = 4000, (7, 8, 9)
 ADVERSARIAL = ("hand", "fow", "gated_banking", "gated_finance", "later")
 HELD_BACK = Path(__file__).parent / "pairs" / "held_back.jsonl"
 
-# Guards that were written for a kind of trap. The others stay on when they are left out.
-CATEGORY_GUARDS = {
-    "number": "number quantity", "unit": "quantity number", "date": "number exclusive quantity",
-    "version": "number identifier", "identifier": "identifier number", "negation": "negation antonym",
-    "antonym": "antonym negation", "quantifier": "exclusive antonym number", "wh": "question_word",
-    "entity": "entity exclusive", "direction": "direction order", "comparative": "antonym order",
-    "scope": "restriction exclusive",
-    "entity_swap": "entity exclusive", "number_date": "number quantity exclusive",
-    "NEGATION": "negation antonym", "ID_SWAP": "identifier number", "PRINCIPAL_SWAP": "exclusive entity",
-    "PRODUCT_SWAP": "exclusive entity", "TIER_SWAP": "exclusive entity", "ACTION": "antonym exclusive",
-    "gated_finance": "antonym exclusive direction",
-}  # fmt: skip
-
 
 def kind(pair):
     """Return a pair's category, coarse enough to count."""
-    return "gated_finance" if pair.source == "gated_finance" else pair.category.partition("/")[0]
+    return kind_of(pair.category, pair.source)
 
 
 def read(*paths):
@@ -121,7 +109,7 @@ def left_out(judged, vectors, threshold):
     """Each category with the guards that were written for it switched off."""
     rows, total, blind = [], Counter(), Counter()
     for name in sorted({kind(pair) for pair in judged if not pair.duplicate}):
-        off = frozenset(CATEGORY_GUARDS.get(name, "").split()) & frozenset(GUARDS)
+        off = guards_of(name)
         some = [pair for pair in judged if kind(pair) == name and not pair.duplicate]
         with_all, without = (served(measure(some, vectors, off=o), threshold).traps for o in (frozenset(), off))
         total.update(count=without.count, of=without.of)
