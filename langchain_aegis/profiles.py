@@ -21,9 +21,11 @@ from langchain_aegis.tokens import (
     NAME,
     NUMBER,
     NUMERIC,
+    PLAIN_TEXT,
     SYMBOL,
     TOKEN,
     VERSION_TAG,
+    WORD,
     Form,
     as_float,
     canonical,
@@ -181,7 +183,8 @@ class _Reader:
         rest = text[_MAX_CHARACTERS:]
         if rest:
             text = text[:_MAX_CHARACTERS]
-        tokens = TOKEN.findall(text)
+        plain = PLAIN_TEXT.fullmatch(text)
+        tokens = (WORD if plain else TOKEN).findall(text)
         self.key = key
         self.language = language_of(tokens)
         self.tongue = "de" if self.language == GERMAN else "en"
@@ -200,7 +203,7 @@ class _Reader:
         self.opposites: set[int] = set()
         self.spellings: list[int] = []
         self.frame: list[int] = []
-        self.shape = self.negations = self.soft = self.marks = 0
+        self.shape = self.negations = self.soft = 0
         self.question = ""
         self.source = self.target = -1
         self.pending = ""  # "from" or "to": what the next term is
@@ -209,7 +212,7 @@ class _Reader:
         self.converts = False
         self.at = 0
         self.skip: list[int] = []  # particles that were taken with their verb
-        symbols = SYMBOL.findall(text)
+        symbols = () if plain else SYMBOL.findall(text)
         for extra in (rest, "".join(symbols)) if rest or symbols else ():
             if extra:
                 self._add(_digest(extra, key), self.identifiers)
@@ -217,18 +220,26 @@ class _Reader:
     def read(self) -> Profile:
         """Return the profile."""
         at, forms, frame, order, spellings, key = 0, self.forms, self.frame, self.order, self.spellings, self.key
-        size = len(forms)
+        size, marks, skip = len(forms), 0, self.skip
         if size:
             self.question = lexicon().yes_no[self.tongue].get(forms[0].low, "")
         while at < size:
             form = forms[at]
             if form.frame:
                 frame.append(form.frame)
-            self.marks |= form.marks
-            if form.inert or (self.skip and at in self.skip):
+            marks |= form.marks
+            if skip and at in skip:
                 at += 1
                 continue
-            self.at, word = at, form.word
+            self.at = at
+            if form.phrases and (form.separable or (at + 1 < size and forms[at + 1].low in form.phrases)):
+                used = self._phrase(at, form, form.phrases)
+                if used:
+                    at += used
+                    continue
+            if form.inert:
+                at += 1
+                continue
             if (form.term or form.unknown) and not self.pending:
                 # Most words: what `_term` does with them, in one step.
                 named = form.unknown and form.capital and at and self.tongue == "en"
@@ -239,17 +250,13 @@ class _Reader:
                     self.names.add(term)
                 at += 1
                 continue
-            if form.phrases:
-                used = self._phrase(at, form, form.phrases)
-                if used:
-                    at += used
-                    continue
+            word = form.word
             if form.kind == NUMERIC or (word is not None and (word.value is not None or word.factor is not None)):
                 at = self._number(at)
                 continue
             self._term(at, form)
             at += 1
-        return self._profile()
+        return self._profile(marks)
 
     def _phrase(self, at: int, form: Form, phrases: Phrases) -> int:
         """Take the longest phrase that begins here; return how many tokens it has, 0 if there is none."""
@@ -418,9 +425,9 @@ class _Reader:
         else:
             self.target = term
 
-    def _profile(self) -> Profile:
-        flags = self.negations % 2 * NEGATED | self.soft * DENYING | self.marks & SYMMETRIC
-        if self.marks & AUXILIARY and self.marks & AGENT:
+    def _profile(self, marks: int) -> Profile:
+        flags = self.negations % 2 * NEGATED | self.soft * DENYING | marks & SYMMETRIC
+        if marks & AUXILIARY and marks & AGENT:
             flags |= PASSIVE
         if self.numbers or self.quantities:
             flags |= COUNTS

@@ -24,6 +24,10 @@ TOKEN = re.compile(
 )
 # Of code and formulas, and pictures; not punctuation.
 SYMBOL = re.compile(r"""[^\w\s!"#$%&'(),\-./:;?@`\x00-\x1f\x7f’‘‚“”„–—−…°€£¥₹§¿¡«»·•´]""")
+# Most questions are letters, spaces and these marks. TOKEN finds runs of letters in them, and SYMBOL nothing: this is
+# said faster.
+PLAIN_TEXT = re.compile(r"[a-zA-ZäöüÄÖÜß\s,:;!?()]*+")
+WORD = re.compile(r"[a-zA-ZäöüÄÖÜß]+")
 NUMBER = re.compile(r"(\d+(?:[.,:/]\d+)*)(.*)", re.DOTALL)
 GROUPED = re.compile(r"\d{1,3}(?:[.,]\d{3})+")
 _INITIALS = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")
@@ -68,13 +72,16 @@ def forms_of(token: str, language: str) -> tuple[Form, ...]:
         form.phrases = table.phrases.get(form.low) or table.phrases.get(form.stem)
         form.separable = form.low in known.separable or form.stem in known.separable
         form.marks = known.marks.get(form.low, 0)
-        special = bool(form.phrases or form.denied or (form.capital and len(form.low) == 1))
-        if form.word is not None:
-            form.frame = form.word.frame
-            if not special and form.kind == PLAIN and _silent(form.word):
-                form.inert, form.term = form.word.stop, 0 if form.word.stop else form.word.number
-        else:
-            form.unknown = not special and form.kind == PLAIN and len(form.low) > 1
+        word = form.word
+        ordinary = form.kind == PLAIN and not form.denied and not (form.capital and len(form.low) == 1)
+        if word is None:
+            form.unknown = ordinary and len(form.low) > 1
+            continue
+        form.frame = word.frame
+        if form.phrases and (word.number in known.graded or (form.low in table.stops and not word.stop)):
+            ordinary = False  # it depends on its place: "how" may stand before, and a text may begin with it ("May I")
+        if ordinary and _silent(word):
+            form.inert, form.term = word.stop, 0 if word.stop else word.number
     return forms
 
 
@@ -189,10 +196,7 @@ def _denied(low: str, language: str, table: Table, capital: bool) -> Form | None
 
 def language_of(tokens: list[str]) -> int:
     """Return the position in LANGUAGES of the language that most of the common words belong to; 0 if undecided."""
-    votes = lexicon().votes
-    total = 0
-    for token in tokens:
-        total += votes.get(token) or votes.get(token.lower(), 0)
+    total = sum(map(_votes, tokens))
     if total:
         winner = _winner(total)
         if winner >= 0:
@@ -202,6 +206,12 @@ def language_of(tokens: list[str]) -> int:
     english, german = (sum(token.lower() in tables[name].words for token in tokens) for name in ("en", "de"))
     german += sum(token.endswith(_GERMAN_ENDINGS) or not _UMLAUTS.isdisjoint(token) for token in tokens)
     return 0 if english == german else ENGLISH if english > german else GERMAN
+
+
+@lru_cache(maxsize=1 << 15)
+def _votes(token: str) -> int:
+    votes = lexicon().votes
+    return votes.get(token) or votes.get(token.lower(), 0)
 
 
 @lru_cache(maxsize=1 << 12)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from langchain_aegis.lexicon import lexicon
 from langchain_aegis.profiles import COUNTS, NAMES, PHRASES, REPEATS, STARTS
+from langchain_aegis.tokens import PLAIN_TEXT, SYMBOL, TOKEN, WORD
 from langchain_aegis.verification import GUARDS, Profile, compare, profile, thresholds
 
 KEY = b"a key of the tests"
@@ -86,6 +87,18 @@ def test_changed_bytes_are_refused_or_are_a_profile_of_their_own(text: str, at: 
         assert Profile.decode(bytes(data)).encode() == data
     with pytest.raises(ValueError):
         Profile.decode(bytes(data) + b"\0")
+
+
+@given(st.text(alphabet="aehozAEHOZäöüÄÖÜß ,:;!?()\n\t\u00a0"))
+def test_a_plain_text_has_the_tokens_that_any_text_has(text: str) -> None:
+    assert PLAIN_TEXT.fullmatch(text)
+    assert WORD.findall(text) == TOKEN.findall(text)
+    assert not SYMBOL.findall(text)
+
+
+def test_what_is_more_than_words_is_no_plain_text() -> None:
+    for mark in "0_-'\"./\\@#%&*+<=>[]^`{|}~€°„“”’é→🙂":
+        assert not PLAIN_TEXT.fullmatch(f"How deep is it{mark}"), mark
 
 
 @given(TEXTS)
