@@ -219,7 +219,7 @@ def _wording(cached: Profile, new: Profile, known: Lexicon, flags: int, found: l
             named = True
     if (left or right) and (named or not _reworded(left, right, cached, new, known)):
         found.append("substitution" if left and right else "restriction")
-    if len(left) == len(mine) and len(right) == len(theirs) and left and right:
+    if left == mine and right == theirs and left and right:
         found.append("topic")
 
 
