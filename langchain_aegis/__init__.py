@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what `__getattr__` imports when it is asked for, said to type checkers
     from langchain_aegis.cache import AegisSemanticCache as AegisSemanticCache
     from langchain_aegis.chat_models import ChatAegis as ChatAegis
+    from langchain_aegis.cut_answers import was_cut as was_cut
     from langchain_aegis.embedding_cache import AegisEmbeddingCache as AegisEmbeddingCache
     from langchain_aegis.embeddings import AegisEmbeddings as AegisEmbeddings
     from langchain_aegis.errors import AegisClosedError as AegisClosedError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # what `__getattr__` imports when it is asked for, said to ty
     from langchain_aegis.errors import AegisModelNotFoundError as AegisModelNotFoundError
     from langchain_aegis.errors import AegisOptionError as AegisOptionError
     from langchain_aegis.errors import AegisOverloadedError as AegisOverloadedError
+    from langchain_aegis.errors import AegisReloadError as AegisReloadError
     from langchain_aegis.errors import AegisRequestError as AegisRequestError
     from langchain_aegis.errors import AegisServerError as AegisServerError
     from langchain_aegis.errors import AegisStreamError as AegisStreamError
@@ -54,6 +56,7 @@ _HOME_OF = {
     "AegisModelNotFoundError": "errors",
     "AegisOptionError": "errors",
     "AegisOverloadedError": "errors",
+    "AegisReloadError": "errors",
     "AegisRequestError": "errors",
     "AegisRouter": "router",
     "AegisSemanticCache": "cache",
@@ -71,6 +74,7 @@ _HOME_OF = {
     "batch_progress": "progress",
     "batching": "runnables",
     "was_cached": "results",
+    "was_cut": "cut_answers",
 }
 
 __all__ = ["__version__", *sorted(_HOME_OF)]

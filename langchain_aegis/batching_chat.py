@@ -331,7 +331,7 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
         else:
             traits = traits_of_chat(self.inner, text, kwargs)
         return Entry(
-            self, self.admission, chat_flights, wait, self.deadline_s,
+            self.inner, self.admission, chat_flights, wait, self.deadline_s,
             config=config, traits=traits, window_ms=self.window_ms, max_batch=self.max_batch, **how,
         )  # fmt: skip
 
@@ -362,7 +362,7 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
             kept: The cache was asked for it, which is streamed.
         """
         entry = _entered.get()
-        if entry is None or entry.owner is not self or not entry.opened:
+        if entry is None or entry.owner is not self.inner or not entry.opened:
             entry = self._entry("refuse", messages, kwargs, blocking=blocking)
         elif entry.claimed:
             entry = self._entry("queue" if entry.many else "refuse", messages, kwargs, blocking=blocking)
@@ -391,7 +391,7 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
     def _inside(self) -> bool:
         """Whether an outer entry point of this very call has taken its place already."""
         entry = _entered.get()
-        return entry is not None and entry.owner is self and entry.opened and not entry.claimed
+        return entry is not None and entry.owner is self.inner and entry.opened and not entry.claimed
 
     def _has_cache(self) -> bool:
         return isinstance(self.cache, BaseCache) or (self.cache is not False and get_llm_cache() is not None)
@@ -430,7 +430,7 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
         if current().cache != "use" or not may_look_up(self):
             return None
         entry = _entered.get()
-        mine = entry is not None and entry.owner is self and entry.opened and not entry.claimed
+        mine = entry is not None and entry.owner is self.inner and entry.opened and not entry.claimed
         if entry is not None and mine and (entry.decided or not entry.may_share):
             return None
         return KeptStream(self, messages, stop, kwargs, entry.config if entry is not None and mine else None)

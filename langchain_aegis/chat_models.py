@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Self, cast
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from typing import Any, Self, cast
 
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import (
@@ -19,21 +18,16 @@ from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_core.utils.utils import secret_from_env
-from ollama import Tool
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, model_validator
 
 from langchain_aegis.admission import Admission
 from langchain_aegis.answers import Whole, read_chunk, read_result
-from langchain_aegis.client import OllamaClient
+from langchain_aegis.asking import Asking, turn_of
+from langchain_aegis.bodies import wire_message, wire_tools
 from langchain_aegis.endpoint import Endpoint
-from langchain_aegis.errors import (
-    AegisConfigError,
-    AegisContextOverflowError,
-    AegisOptionError,
-)
+from langchain_aegis.errors import AegisConfigError, AegisOptionError
 from langchain_aegis.hits import CachedChat
 from langchain_aegis.identity import llm_string
-from langchain_aegis.notices import logger
 from langchain_aegis.options import (
     ALIASES,
     MODEL_OPTIONS,
@@ -46,8 +40,9 @@ from langchain_aegis.options import (
     option_error,
     resolve_aliases,
 )
+from langchain_aegis.overflow import Fit, Policy, Trim
 from langchain_aegis.pools import Pool
-from langchain_aegis.prefixes import traits_of_request
+from langchain_aegis.reloads import Place, Rule, place, runner_options
 from langchain_aegis.replays import StreamEntry, as_chunks
 from langchain_aegis.servers import addresses_of, admission_of
 from langchain_aegis.settings import AegisSettings, normalise_base_url
@@ -80,7 +75,14 @@ class ChatAegis(CachedChat):
             and how long to wait for an answer there, as `aegis plan` prints it; never an option of the model. "auto"
             changes nothing.
         on_overflow: What happens to a prompt that does not fit into the model's window: "raise" an
-            AegisContextOverflowError, or "warn" and let the server cut it.
+            AegisContextOverflowError, "warn" and let the server cut it, or "trim" it. What is made of a part of a
+            prompt says so (`was_cut`), and is never cached.
+        trim: `trim(messages, error) -> messages`, for "trim": returns a shorter prompt, for example with fewer
+            retrieved documents. `error` holds `prompt_tokens` and `window_tokens`. Called at most 3 times per call;
+            when the prompt still does not fit, or was not changed, the error is raised.
+        on_reload: What happens when calls of this process use one model with different runner options (`num_ctx`,
+            `num_thread`, ...), for each of which the server would reload it: "share" one set (the largest window) and
+            warn once, "raise" an AegisReloadError, or "allow" it.
         timeout: Seconds that a whole answer may take; default `AEGIS_DEADLINE_S`.
         max_retries: How often a call is repeated while the server is overloaded or cannot be reached.
         max_tokens: Another name of `num_predict`.
@@ -94,7 +96,9 @@ class ChatAegis(CachedChat):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     tuning: str = "auto"
-    on_overflow: Literal["raise", "warn"] = "raise"
+    on_overflow: Policy = "raise"
+    trim: Trim | None = Field(default=None, exclude=True, repr=False)
+    on_reload: Rule = "share"
     max_concurrency: int | None = Field(default=None, gt=0)
     window_ms: float | None = Field(default=None, ge=0)
     timeout: float | None = None
@@ -128,6 +132,7 @@ class ChatAegis(CachedChat):
     _default_keep_alive: str = PrivateAttr()
     _slots: int | None = PrivateAttr(default=None)
     _window_ms: float = PrivateAttr()
+    _made_at: Place = PrivateAttr()
 
     def __init__(self, model: str | None = None, **arguments: Any) -> None:
         check_names(arguments, {*type(self).model_fields, *ALIASES}, f"argument of {type(self).__name__}:")
@@ -148,6 +153,8 @@ class ChatAegis(CachedChat):
     @model_validator(mode="after")
     def _set_clients(self) -> Self:
         """Take the place of ChatOllama's, which would build two clients for each model."""
+        if (self.on_overflow == "trim") != (self.trim is not None):
+            raise AegisOptionError('on_overflow="trim" and trim= (what shortens the prompt) go together')
         if self.top_logprobs is not None and self.logprobs is None:
             self.logprobs = True
         if self.top_logprobs is not None and self.logprobs is False:
@@ -160,6 +167,7 @@ class ChatAegis(CachedChat):
         told = settings.max_concurrency if settings.max_concurrency != AegisSettings.max_concurrency else None
         self._slots = told if self.max_concurrency is None else self.max_concurrency
         self._window_ms = settings.window_ms if self.window_ms is None else self.window_ms
+        self._made_at = place()
         addresses = addresses_of(self) or (str(self.base_url or settings.ollama_base_url),)
         self._endpoint = Endpoint.of(
             addresses[0],
@@ -257,9 +265,9 @@ class ChatAegis(CachedChat):
 
     def _body(self, call: Call, messages: list[BaseMessage]) -> dict[str, Any]:
         converted = self._convert_messages_to_ollama_messages(messages)
-        body = call.request([_wire_message(dict(message)) for message in converted])
+        body = call.request([wire_message(dict(message)) for message in converted])
         if call.tools:
-            body["tools"] = _wire_tools(call.tools)
+            body["tools"] = wire_tools(call.tools)
         if self.on_overflow == "warn":
             body["truncate"] = False  # at first, to learn that the prompt does not fit
         return body
@@ -360,131 +368,40 @@ class ChatAegis(CachedChat):
 
     def _way(self, call: Call, messages: list[BaseMessage]) -> Asks:
         """Return a call that is ready to be sent."""
-        if not isinstance(self.base_url, list):
-            return _Way(self, call, self._body(call, messages))
-        told = {"messages": messages, "tools": call.tools}
-        return Spread(
-            pool=cast("Pool", self._admission),
-            turn=self._turn(call, told, self._endpoint.bounds(call.timeout_s)),
-            at=lambda address: self.model_copy(update={"base_url": address})._way(call, messages),
-            client=self._endpoint.client,
-            recheck_s=self.recheck_s,
+        if isinstance(self.base_url, list):
+            told = {"messages": messages, "tools": call.tools}
+            return Spread(
+                pool=cast("Pool", self._admission),
+                turn=turn_of(call, told, self._endpoint.bounds(call.timeout_s), self._window_ms),
+                at=lambda address: self.model_copy(update={"base_url": address})._way(call, messages),
+                client=self._endpoint.client,
+                recheck_s=self.recheck_s,
+            )
+        client = self._endpoint.client(self.base_url)
+        fit = Fit(
+            call,
+            messages,
+            client,
+            body=self._body,
+            policy=self.on_overflow,
+            trim=self.trim,
+            rule=self.on_reload,
+            where=lambda: self._place(call),
+        )
+        return Asking(
+            fit=fit, client=client, endpoint=self._endpoint, admission=self._admission, window_ms=self._window_ms
         )
 
-    # -- the four places where the server is called --
-
-    @property
-    def _server(self) -> OllamaClient:
-        return self._endpoint.client(None if isinstance(self.base_url, list) else self.base_url)
+    def _place(self, call: Call) -> str:
+        """Return the file and line that chose the runner options of a call: where the model was made, or called."""
+        own = self._defaults()
+        same = runner_options(call.options, call.shift) == runner_options(own.options, own.shift)
+        return (self._made_at if same else place()).text
 
     @property
     def _admission(self) -> Admission:
         """The slots of the server, shared by all that call it in this process; looked up, so a copy has its own."""
         return admission_of(self, max_concurrency=self._slots)
-
-    def _turn(self, call: Call, body: dict[str, Any], bounds: dict[str, Any]) -> dict[str, Any]:
-        """Return what admission is told of a call; it waits for as long as it takes, and before items of batches."""
-        return {
-            "wait": "patient",
-            "deadline_s": bounds["timeouts"].deadline_s,
-            "traits": traits_of_request(call, body),
-            "window_ms": self._window_ms,
-        }
-
-    def _ask(self, call: Call, body: dict[str, Any]) -> dict[str, Any]:
-        bounds = self._endpoint.bounds(call.timeout_s)
-        with self._admission.slot(**self._turn(call, body, bounds)):
-            try:
-                return self._server.chat(body, **bounds)
-            except AegisContextOverflowError as exc:
-                return self._server.chat(self._cut(body, exc), **bounds)
-
-    async def _aask(self, call: Call, body: dict[str, Any]) -> dict[str, Any]:
-        bounds = self._endpoint.bounds(call.timeout_s)
-        async with self._admission.aslot(**self._turn(call, body, bounds)):
-            try:
-                return await self._server.achat(body, **bounds)
-            except AegisContextOverflowError as exc:
-                return await self._server.achat(self._cut(body, exc), **bounds)
-
-    def _ask_stream(self, call: Call, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
-        bounds, begun = self._endpoint.bounds(call.timeout_s), False
-        # Held: whoever reads this stream may call the model in between, and must not wait for the slot taken here.
-        with self._admission.slot(**self._turn(call, body, bounds)) as ticket, ticket.held():
-            try:
-                for part in self._server.chat_stream(body, **bounds):
-                    begun = True
-                    yield part
-            except AegisContextOverflowError as exc:
-                if begun:
-                    raise
-                yield from self._server.chat_stream(self._cut(body, exc), **bounds)
-
-    async def _aask_stream(self, call: Call, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        bounds, begun = self._endpoint.bounds(call.timeout_s), False
-        async with self._admission.aslot(**self._turn(call, body, bounds)) as ticket:
-            with ticket.held():
-                try:
-                    async with contextlib.aclosing(self._server.achat_stream(body, **bounds)) as parts:
-                        async for part in parts:
-                            begun = True
-                            yield part
-                except AegisContextOverflowError as exc:
-                    if begun:
-                        raise
-                    async with contextlib.aclosing(self._server.achat_stream(self._cut(body, exc), **bounds)) as parts:
-                        async for part in parts:
-                            yield part
-
-    def _cut(self, body: dict[str, Any], refusal: AegisContextOverflowError) -> dict[str, Any]:
-        """Return the request that lets the server cut the prompt, or raise `refusal` where that is not wanted."""
-        if self.on_overflow != "warn":
-            raise refusal
-        logger.warning("prompt_cut: %s; the server cuts it", refusal)
-        return {**body, "truncate": True}
-
-
-@dataclass(frozen=True, slots=True)
-class _Way:
-    """One call of the model's one server."""
-
-    model: ChatAegis
-    call: Call
-    body: dict[str, Any]
-
-    def whole(self) -> dict[str, Any]:
-        return self.model._ask(self.call, self.body)
-
-    async def awhole(self) -> dict[str, Any]:
-        return await self.model._aask(self.call, self.body)
-
-    def parts(self) -> Generator[dict[str, Any], None, None]:
-        return self.model._ask_stream(self.call, self.body)
-
-    def aparts(self) -> AsyncGenerator[dict[str, Any], None]:
-        return self.model._aask_stream(self.call, self.body)
-
-
-def _wire_message(message: dict[str, Any]) -> dict[str, Any]:
-    # Ids of tool calls are left out, as ChatOllama's client leaves them out: made up anew for every call, they would
-    # change the prompt. Go reads a missing field as an empty one.
-    message.pop("tool_call_id", None)
-    if calls := message.get("tool_calls"):
-        message["tool_calls"] = [{"function": call["function"]} for call in calls]
-    return {name: value for name, value in message.items() if value}
-
-
-def _wire_tools(tools: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    # What ChatOllama's client makes of them: other bytes would be another prompt, and another answer.
-    try:
-        wired = [Tool.model_validate(tool).model_dump(exclude_none=True) for tool in tools]
-    except ValidationError as exc:
-        raise AegisOptionError(f"a tool is not what Ollama takes: {exc.errors()[0]['msg']}") from exc
-    for tool in wired:
-        parameters = tool.get("function", {}).get("parameters", {})
-        if "defs" in parameters:
-            parameters["$defs"] = parameters.pop("defs")
-    return wired
 
 
 def _addresses(told: str | Sequence[str]) -> str | list[str]:

@@ -18,6 +18,7 @@ from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, Generation
 
+from langchain_aegis.cut_answers import rests_on_a_part
 from langchain_aegis.messages import dumps, loads
 
 VERSION: Final = b"1"
@@ -137,6 +138,8 @@ def refusal(generations: Sequence[Generation]) -> str | None:
         return "empty"
     for generation in generations:
         said: list[Mapping[str, Any]] = [generation.generation_info or {}]
+        if rests_on_a_part([generation]):
+            return "part_of_prompt"
         if not isinstance(generation, ChatGeneration):
             if not generation.text:
                 return "empty"

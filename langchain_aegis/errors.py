@@ -3,6 +3,7 @@
     AegisError
         AegisConfigError (also ValueError)      a setting or argument is wrong; said before any network traffic
             AegisOptionError                    an unknown or mistyped model option
+            AegisReloadError                    runner options that would make the server reload the model
         AegisConnectionError                    the model server cannot be reached
         AegisTimeoutError                       it did not answer in time
         AegisModelNotFoundError                 it does not have the model
@@ -51,6 +52,10 @@ class AegisOptionError(AegisConfigError):
     """A model option is unknown or has the wrong type."""
 
 
+class AegisReloadError(AegisConfigError):
+    """A call's runner options differ from those of other calls of the model, so that the server would reload it."""
+
+
 class AegisConnectionError(AegisError, core.ModelConnectionError):
     """The model server cannot be reached."""
 
@@ -75,7 +80,8 @@ class AegisContextOverflowError(AegisRequestError, core.ContextOverflowError):
     """The prompt does not fit into the model's window.
 
     Attributes:
-        prompt_tokens: Tokens of the prompt, as the server counted them, or None.
+        prompt_tokens: Tokens of the prompt, as the server counted them, or None. Where nothing was sent: so many at
+            least.
         window_tokens: Tokens that the window holds, or None.
     """
 

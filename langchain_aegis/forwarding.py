@@ -10,7 +10,7 @@ from typing import Any
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput, ModelProfile
 from langchain_core.messages import AIMessage, BaseMessage
-from langchain_core.outputs import ChatGeneration, Generation
+from langchain_core.outputs import ChatGeneration, ChatResult, Generation
 from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import (
     Runnable,
@@ -21,6 +21,8 @@ from langchain_core.runnables import (
 )
 from langchain_core.runnables.passthrough import RunnableAssign
 from langchain_core.tools import BaseTool
+
+from langchain_aegis.cut_answers import keeping_whole
 
 # Taken over from the model inside, unless the wrapper is told otherwise. Never `cache`: it is the wrapper's own.
 INHERITED = ("callbacks", "tags", "metadata", "verbose", "name", "rate_limiter", "disable_streaming",
@@ -110,6 +112,12 @@ class ForwardingChatModel(BaseChatModel):
         self, generations: list[ChatGeneration], *, run_manager: AsyncCallbackManagerForLLMRun | None, **kwargs: Any
     ) -> None:
         await self.inner._areplay_v2_events_for_cache_hit(generations, run_manager=run_manager, **kwargs)
+
+    def _generate_with_cache(self, *args: Any, **kwargs: Any) -> ChatResult:
+        return super(ForwardingChatModel, keeping_whole(self))._generate_with_cache(*args, **kwargs)
+
+    async def _agenerate_with_cache(self, *args: Any, **kwargs: Any) -> ChatResult:
+        return await super(ForwardingChatModel, keeping_whole(self))._agenerate_with_cache(*args, **kwargs)
 
     # Streaming: the wrapper has `_stream` and `_astream` whatever the model has
 

@@ -26,6 +26,7 @@ from langchain_core.utils.utils import LC_ID_PREFIX
 from langchain_ollama.chat_models import ChatOllama
 from pydantic import ConfigDict, PrivateAttr
 
+from langchain_aegis.cut_answers import keeping_whole
 from langchain_aegis.errors import AegisError
 from langchain_aegis.replays import as_chunks, consulted_by_core, dumped, freshen
 from langchain_aegis.scope import ReadAnywhere, bound_here, read_anywhere, seen_config
@@ -63,12 +64,13 @@ class CachedChat(ChatOllama):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        with consulted_by_core(self):
+        asked = keeping_whole(self)
+        with consulted_by_core(asked):
             try:
-                return super()._generate_with_cache(messages, stop, run_manager, **kwargs)
+                return super(CachedChat, asked)._generate_with_cache(messages, stop, run_manager, **kwargs)
             except AegisError as exc:
                 told = {"async_api": False, "run_manager": run_manager, **kwargs}
-                ask = self._asking("stale_answer", exc, messages, stop, told, kwargs)
+                ask = self._asking_old("stale_answer", exc, messages, stop, told, kwargs)
                 if ask is None or (found := ask()) is None:
                     raise
                 old = self._convert_cached_generations(found)
@@ -82,19 +84,20 @@ class CachedChat(ChatOllama):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        with consulted_by_core(self):
+        asked = keeping_whole(self)
+        with consulted_by_core(asked):
             try:
-                return await super()._agenerate_with_cache(messages, stop, run_manager, **kwargs)
+                return await super(CachedChat, asked)._agenerate_with_cache(messages, stop, run_manager, **kwargs)
             except AegisError as exc:
                 told = {"async_api": True, "run_manager": run_manager, **kwargs}
-                ask = self._asking("astale_answer", exc, messages, stop, told, kwargs)
+                ask = self._asking_old("astale_answer", exc, messages, stop, told, kwargs)
                 if ask is None or (found := await ask()) is None:
                     raise
                 old = self._convert_cached_generations(found)
                 await self._areplay_v2_events_for_cache_hit(old, run_manager=run_manager, **kwargs)
                 return ChatResult(generations=old)
 
-    def _asking(
+    def _asking_old(
         self, how: str, exc: AegisError, messages: list[BaseMessage], stop: list[str] | None, told: dict[str, Any],
         options: dict[str, Any],
     ) -> Callable[[], Any] | None:  # fmt: skip

@@ -12,14 +12,13 @@ from langchain_core.messages import BaseMessage
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.identity import normalise_model
 from langchain_aegis.options import Call
+from langchain_aegis.reloads import RUNNER_OPTIONS
 from langchain_aegis.scope import who
 from langchain_aegis.settings import AegisSettings
 from langchain_aegis.traits import Traits
 
 BLOCK_CHARS = 512  # of a prompt: about 128 tokens
 _MOST_BLOCKS = 256  # what follows 131,072 characters is rarely shared by what began alike
-# Ollama starts the model's runner anew when one of them differs from what it was loaded with (sched.go, needsReload).
-RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread", "draft_num_predict", "shift")
 
 
 def traits_of_chat(

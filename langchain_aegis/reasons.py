@@ -182,6 +182,10 @@ _TEXTS: dict[Stage, dict[str, tuple[str, str]]] = {
             "The model did not say that it had finished, or was cut (`length`), or the stream broke off.",
             "Raise `num_predict` or `num_ctx` if answers are cut.",
         ),
+        "part_of_prompt": (
+            "The prompt did not fit into the model's window, and the model answered a part of it (`was_cut`).",
+            "Raise `num_ctx`, or shorten the prompt.",
+        ),
         "not_an_answer": ("What came back is no message of a model.", "Nothing."),
         "invalid_tool_calls": ("The model asked for a tool in a way that cannot be read.", "Nothing."),
         "too_large": ("The answer is larger than `max_entry_bytes`.", "Raise `max_entry_bytes`."),

@@ -135,11 +135,20 @@ def _overflow(text: str, status: int | None) -> AegisContextOverflowError | None
     if not any(wording in text for wording in _OVERFLOWS):
         return None
     counts = _counts(text)
-    prompt, window = counts.get("n_prompt_tokens"), counts.get("n_ctx")
-    sizes = f": {prompt} tokens, the window holds {window}" if prompt and window else ""
+    return overflow_error(counts.get("n_prompt_tokens"), counts.get("n_ctx"), status=status)
+
+
+def overflow_error(
+    prompt: int | None, window: int | None, *, at_least: bool = False, status: int | None = None
+) -> AegisContextOverflowError:
+    """Return the error for a prompt of `prompt` tokens, or `at_least` so many, and a window of `window` tokens."""
+    more = "at least " if at_least else ""
+    sizes = f": {more}{prompt} tokens, the window holds {window}" if prompt and window else ""
+    enough = f" above {prompt}" if prompt else ""
     return AegisContextOverflowError(
-        f"the prompt does not fit into the model's window{sizes}. Raise num_ctx (or OLLAMA_CONTEXT_LENGTH on the"
-        ' server), shorten the prompt, or let the server cut it with on_overflow="warn"',
+        f"the prompt does not fit into the model's window{sizes}. Raise num_ctx{enough} (or OLLAMA_CONTEXT_LENGTH on"
+        ' the server), shorten the prompt (on_overflow="trim" with trim=), or let the server cut it with'
+        ' on_overflow="warn"',
         prompt_tokens=prompt,
         window_tokens=window,
         status_code=status,

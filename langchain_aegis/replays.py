@@ -21,6 +21,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk
 
+from langchain_aegis.cut_answers import rests_on_a_part
 from langchain_aegis.notices import warn_once
 from langchain_aegis.scope import seen_config
 
@@ -82,7 +83,9 @@ class StreamEntry:
             return None
 
     def store(self, generation: ChatGeneration) -> None:
-        """Keep a complete answer."""
+        """Keep a complete answer, unless it rests on a part of its prompt."""
+        if rests_on_a_part([generation]):
+            return
         try:
             self._run(lambda: self._cache.update(self._prompt, self._llm_string, [generation]))
         except Exception as exc:  # a cache may raise anything, and the answer has been given
@@ -90,6 +93,8 @@ class StreamEntry:
 
     async def astore(self, generation: ChatGeneration) -> None:
         """Do what `store` does, without blocking the event loop."""
+        if rests_on_a_part([generation]):
+            return
         try:
             await self._arun(lambda: self._cache.aupdate(self._prompt, self._llm_string, [generation]))
         except Exception as exc:  # a cache may raise anything, and the answer has been given

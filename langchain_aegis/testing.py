@@ -83,6 +83,7 @@ class ScriptedOllama:
         load_s: Seconds that loading a model takes.
         request_s: Seconds that every request costs beside all this.
         host_cache: Whether what a slot gives up is kept in the host's memory and comes back, as in Ollama from 0.30 on.
+        knows_truncate: False for an old server, which cuts a prompt that is too long although it was told not to.
         max_queue: More requests that wait for a model to be loaded are refused with 503 (`OLLAMA_MAX_QUEUE`). Those
             for a model that is loaded as they want it are not counted.
         max_loaded: Models loaded at the same time (`OLLAMA_MAX_LOADED_MODELS`); None: all.
@@ -100,6 +101,7 @@ class ScriptedOllama:
         load_s: float = 0.0,
         request_s: float = 0.0,
         host_cache: bool = True,
+        knows_truncate: bool = True,
         max_queue: int = 512,
         max_loaded: int | None = None,
         words: int = 16,
@@ -117,6 +119,7 @@ class ScriptedOllama:
             load_s=load_s,
             request_s=request_s,
             host_cache=host_cache,
+            knows_truncate=knows_truncate,
             words=words,
             changed=self._notify,
         )

@@ -19,6 +19,7 @@ from caches import Driver, Words
 import langchain_aegis.embedded  # noqa: F401 - sets the environment of OpenMP and onnxruntime before they are loaded
 from langchain_aegis import AegisSemanticCache
 from langchain_aegis.embedded.redis import EmbeddedRedis, package_path
+from langchain_aegis.reloads import reloads
 from langchain_aegis.testing import ScriptedOllama
 
 # No wall clock decides in a test: on two busy cores any example may take longer than hypothesis expects.
@@ -74,6 +75,12 @@ def _clean_environment():
                 patch.delenv(name)
         patch.setenv("AEGIS_HOME", str(path))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_call_is_remembered():
+    """What one test asks of a model does not change what another one's calls are sent with."""
+    reloads.forget()
 
 
 @pytest.fixture

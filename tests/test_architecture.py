@@ -17,12 +17,14 @@ ROOT = Path(langchain_aegis.__file__).parent
 # and under TYPE_CHECKING count too.
 ORDER = [
     "errors", "settings", "home", "notices", "nesting", "scope", "stamps", "loops", "breaker", "flows", "forks",
+    "cut_answers",
     "_compat", "tuning", "messages", "lexicon", "tokens", "profiles", "verification", "tasks", "questions", "identity",
     "options", "chunks", "keys",
     "entries", "answers", "replays", "hits", "vectors",
     "replies", "namespace", "scripts", "store", "connections", "sweeper",
     "counts", "telemetry",
     "attempts", "refusals", "ndjson", "client", "endpoint",
+    "reloads", "overflow",
     "traits", "prefixes", "late_messages",
     "live", "bounds", "wakers", "tickets", "tallies", "queues", "admission", "balance", "pools", "progress",
     "bulk", "pulses", "own_errors", "broadcasts", "flights",
@@ -31,6 +33,7 @@ ORDER = [
     "scopes_seen", "cache_options", "reports", "pairs", "calibration", "engine", "performer", "explain",
     "invalidations", "pipelines", "transfer", "control",
     "lanes", "gathering", "embedding_requests", "embedding_cache", "gathered_embeddings",
+    "bodies", "asking",
     "embeddings", "spread", "chat_models", "batching_chat", "batching_embeddings", "runnables", "recached",
     "fleet", "routing", "router", "cache", "middleware",
     "ollama",
@@ -50,9 +53,10 @@ EXCEPTIONS = {
 PUBLIC = [
     "ChatAegis", "AegisEmbeddings", "AegisSemanticCache", "AegisCacheMiddleware", "AegisEmbeddingCache", "AegisRouter",
     "AegisSettings", "Answer", "BatchingChatModel", "BatchingEmbeddings", "BatchingRunnable", "batch_progress",
-    "batching", "aegis_scope", "aegis_sources", "was_cached",
+    "batching", "aegis_scope", "aegis_sources", "was_cached", "was_cut",
     "AegisError", "AegisClosedError", "AegisConfigError", "AegisConnectionError", "AegisContextOverflowError",
     "AegisDeadlineError", "AegisModelNotFoundError", "AegisOptionError", "AegisOverloadedError", "AegisRequestError",
+    "AegisReloadError",
     "AegisServerError", "AegisStreamError", "AegisTimeoutError",
     "__version__",
 ]  # fmt: skip

@@ -96,7 +96,7 @@ async def test_without_a_window_they_run_as_they_came(own_server, monkeypatch):
 
 async def test_calls_that_need_the_same_runner_follow_each_other(own_server):
     small, large = (
-        ChatAegis("scripted", base_url=own_server.base_url, max_concurrency=1, num_ctx=window)
+        ChatAegis("scripted", base_url=own_server.base_url, max_concurrency=1, num_ctx=window, on_reload="allow")
         for window in (2048, 4096)
     )
     order = await ordered(

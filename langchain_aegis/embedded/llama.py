@@ -32,7 +32,7 @@ from langchain_aegis.embedded.wire_engine import (
 from langchain_aegis.embedded.wire_window import kept, overflow, shorter
 from langchain_aegis.errors import AegisConfigError
 
-WINDOW = 2048  # tokens per slot; 4 slots of this size take 190 MB
+WINDOW = 4096  # tokens per slot, Ollama's own default; 4 slots of this size take 380 MB
 SLOTS = 4
 _PROMPT_CACHE_MIB = 256  # prompts that lost their slot are kept in memory, as Ollama does
 _TEMPLATE = "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
@@ -57,7 +57,7 @@ _COMPACT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ",
 class LlamaEngine:
     """`smollm2:135m` and `all-minilm`; any other model is not found.
 
-    Made by `start`. The window is 2,048 tokens for each of four slots, whatever larger `num_ctx` is asked for. Tools
+    Made by `start`. The window is 4,096 tokens for each of four slots, whatever larger `num_ctx` is asked for. Tools
     are not supported, as with an Ollama model whose template has none.
     """
 

@@ -115,6 +115,7 @@ class ScriptedEngine:
         load_s: Seconds to load a model.
         request_s: Seconds that each request costs beside all this, in its slot.
         host_cache: Whether what a slot gives up is kept in the host's memory (llama-server's `--cache-ram`).
+        knows_truncate: Whether a request can forbid that its prompt is cut.
         words: Length of an answer, about.
         changed: Called whenever a number changes that a test may wait for.
     """
@@ -130,6 +131,7 @@ class ScriptedEngine:
         load_s: float = 0.0,
         request_s: float = 0.0,
         host_cache: bool = True,
+        knows_truncate: bool = True,
         words: int = 16,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
@@ -140,6 +142,7 @@ class ScriptedEngine:
         self._load_s = load_s
         self._request_s = request_s
         self._host_tokens = _HOST_TOKENS if host_cache else 0
+        self._knows_truncate = knows_truncate
         self._words = words
         self._changed = changed
         self._draws = itertools.count(1)
@@ -228,7 +231,7 @@ class ScriptedEngine:
         First the oldest messages go, then the middle of what is left.
         """
         tokens = script.tokens(script.rendered(request))
-        if not request.truncate:
+        if not request.truncate and self._knows_truncate:
             if len(tokens) >= window:
                 raise overflow(len(tokens), window)
             return tokens

@@ -1,0 +1,293 @@
+"""Keep the calls of a process from making an Ollama server reload a model again and again.
+
+A model is loaded with its runner options (`num_ctx`, `num_thread`, ...). A request with others restarts it: seconds,
+all other requests of the model wait, and what it knew of prompts is lost. So the first call with a second set is
+reported, and from then on all calls of a model and server send one set:
+
+- `num_ctx`: the largest that any call has asked for. A smaller one rides on it: its prompt fits a fortiori. A call
+  that leaves the window to the server rides only when the server's own window is known to be no larger.
+- The other options, which decide how fast and not what is answered: the first value that any call has asked for.
+- `shift` is never changed, because it changes answers; a difference is only reported.
+
+What was constructed and never called counts for nothing. The guard sees the calls of its own process only.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from langchain_aegis.errors import AegisReloadError
+from langchain_aegis.forks import reset_after_fork
+from langchain_aegis.identity import normalise_model
+from langchain_aegis.notices import logger
+from langchain_aegis.settings import redact_url
+
+Rule = Literal["share", "raise", "allow"]
+
+# Ollama starts the model's runner anew when one of them differs from what it was loaded with (sched.go, needsReload).
+RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread", "draft_num_predict", "shift")
+AUTO: Mapping[str, Any] = {}  # nothing asked for: the server decides
+_MOST_MODELS, _MOST_SETS = 256, 64  # names and options may come from outside
+_LIBRARIES = frozenset(
+    {"langchain_aegis", "langchain_core", "langchain_ollama", "langchain", "langchain_classic", "langgraph", "pydantic",
+     "asyncio", "concurrent", "threading", "contextlib", "functools", "copy"}
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class Asked:
+    """One set of runner options that calls of a model ask for.
+
+    Attributes:
+        options: Those that are not left to the server.
+        place: The file and line that asked for it first.
+        calls: How many calls asked for it.
+        shared: How many of them were sent with another set, so that nothing is reloaded.
+    """
+
+    options: Mapping[str, Any]
+    place: str
+    calls: int = 0
+    shared: int = 0
+
+    @property
+    def text(self) -> str:
+        """The options, as in `num_ctx=4096 num_thread=8`."""
+        return " ".join(f"{name}={value}" for name, value in self.options.items()) or "the server's defaults"
+
+
+@dataclass(slots=True)
+class Runner:
+    """What the calls of one model and server ask for.
+
+    Attributes:
+        sets: By their options.
+        switches: Calls that were sent with another set than the call before: each reloads the model.
+        server_window: Tokens of the window that the server chooses by itself, once known.
+    """
+
+    sets: dict[tuple[Any, ...], Asked] = field(default_factory=dict)
+    switches: int = 0
+    server_window: int | None = None
+    sent: tuple[Any, ...] | None = None
+    shared: dict[str, Any] = field(default_factory=dict)  # what is sent, but for `shift`
+    windows: dict[tuple[Any, ...], tuple[int, float]] = field(default_factory=dict)
+
+    def leaves_window(self) -> bool:
+        """Whether any call left the window to the server."""
+        return any("num_ctx" not in asked.options for asked in self.sets.values())
+
+    def unclear(self) -> bool:
+        """Whether some calls leave the window to the server, some do not, and it is not known which is larger."""
+        return self.server_window is None and "num_ctx" in self.shared and self.leaves_window()
+
+    def conflicts(self, options: Mapping[str, Any]) -> list[str]:
+        """Return the options in which a set differs from one that was asked for before."""
+        found = []
+        for name in RUNNER_OPTIONS:
+            others = [asked.options.get(name) for asked in self.sets.values()]
+            if name == "num_ctx":  # an unset one is a window, too
+                known = {self.server_window if other is None else other for other in others}
+                mine = options.get(name, self.server_window)
+            elif name == "shift":
+                known, mine = {True if other is None else other for other in others}, options.get(name, True)
+            else:  # who leaves one open rides on whoever does not
+                known, mine = {other for other in others if other is not None}, options.get(name)
+                if mine is None:
+                    continue
+            if known - {mine}:
+                found.append(name)
+        return found
+
+    def learn(self, options: Mapping[str, Any]) -> None:
+        """Take a set into what is sent by all."""
+        for name, value in options.items():
+            if name == "num_ctx":
+                self.shared[name] = max(value, self.shared.get(name, 0))
+            elif name != "shift":
+                self.shared.setdefault(name, value)
+
+    def for_(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a call with these options is sent with."""
+        sent = {**options, **self.shared}
+        if "num_ctx" in sent and self.leaves_window():
+            if self.server_window is not None and self.server_window >= sent["num_ctx"]:
+                del sent["num_ctx"]  # the server's own window is the largest
+            elif self.server_window is None and "num_ctx" not in options:
+                del sent["num_ctx"]  # it may be larger than all that was asked for
+        return {name: sent[name] for name in RUNNER_OPTIONS if name in sent}
+
+
+class Reloads:
+    """The guard of a process; there is one."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._runners: OrderedDict[tuple[str, str], Runner] = OrderedDict()
+        self.reset()
+        reset_after_fork(self)
+
+    def reset(self) -> None:
+        """Let no lock of the parent's be held in the child of a fork; what was learnt stays true."""
+        self._lock = threading.Lock()
+
+    def forget(self) -> None:
+        """Forget all calls: for tests."""
+        with self._lock:
+            self._runners.clear()
+
+    def share(
+        self, server: str, model: str, options: Mapping[str, Any], *, rule: Rule = "share", where: Callable[[], str]
+    ) -> dict[str, Any]:
+        """Return the runner options that a call is to be sent with.
+
+        Args:
+            server: Address of the server.
+            model: Name of the model.
+            options: Runner options that the call asks for; see `runner_options`.
+            rule: "share" one set; "raise" instead of using a second one; "allow" whatever is asked for, uncounted.
+            where: Returns the file and line that asks; called when a set is seen for the first time.
+
+        Raises:
+            AegisReloadError: With "raise", a set that differs from an earlier call's.
+        """
+        if rule == "allow":
+            return dict(options)
+        key = tuple(options.get(name) for name in RUNNER_OPTIONS)
+        report = ""
+        with self._lock:
+            runner = self._runner(server, model)
+            asked = runner.sets.get(key)
+            if asked is None:
+                asked = Asked(dict(options), where())
+                if names := runner.conflicts(options):
+                    other = next(other for other in runner.sets.values() if _differ(other, asked, names))
+                    report = _report(server, model, other, asked, names)
+                    if rule == "raise":
+                        raise AegisReloadError(
+                            f'{report}. Give one set everywhere, or leave out on_reload="raise" to share the larger one'
+                        )
+                if len(runner.sets) < _MOST_SETS:
+                    runner.sets[key] = asked
+                runner.learn(options)
+            sent = runner.for_(options)
+            asked.calls += 1
+            asked.shared += sent != options
+            now = tuple(sent.get(name) for name in RUNNER_OPTIONS)
+            runner.switches += runner.sent not in (None, now)
+            runner.sent = now
+            if report:
+                report += f". {_outcome(runner, names)}"
+        if report:
+            logger.warning("reload: %s", report)
+        return sent
+
+    def window(self, server: str, model: str, options: Mapping[str, Any], *, within_s: float) -> int | None:
+        """Return the window that the server gave for these options, if it said so in the last `within_s` seconds."""
+        key = tuple(options.get(name) for name in RUNNER_OPTIONS)
+        with self._lock:
+            runner = self._runners.get((server, normalise_model(model)))
+            tokens, at = runner.windows.get(key, (None, 0.0)) if runner else (None, 0.0)
+            return tokens if tokens is not None and self._clock() - at < within_s else None
+
+    def note_window(self, server: str, model: str, options: Mapping[str, Any], tokens: int) -> None:
+        """Keep in mind the window that the server gave for these options, in tokens."""
+        key = tuple(options.get(name) for name in RUNNER_OPTIONS)
+        with self._lock:
+            runner = self._runner(server, model)
+            if key in runner.windows or len(runner.windows) < _MOST_SETS:
+                runner.windows[key] = tokens, self._clock()
+            if "num_ctx" not in options:
+                runner.server_window = tokens
+
+    def unclear(self, server: str, model: str) -> bool:
+        """Whether it must be known which window the server chooses by itself, and is not."""
+        with self._lock:
+            runner = self._runners.get((server, normalise_model(model)))
+            return runner is not None and runner.unclear()
+
+    def last_sent(self, server: str, model: str) -> tuple[Any, ...] | None:
+        """Return the set that the last call was sent with, one value for each of `RUNNER_OPTIONS`."""
+        with self._lock:
+            runner = self._runners.get((server, normalise_model(model)))
+            return runner.sent if runner else None
+
+    def rows(self) -> list[tuple[str, str, list[Asked], int]]:
+        """Return (server, model, sets, switches) for each model; copies."""
+        with self._lock:
+            return [
+                (server, model, [Asked(a.options, a.place, a.calls, a.shared) for a in runner.sets.values()],
+                 runner.switches)
+                for (server, model), runner in self._runners.items()
+            ]  # fmt: skip
+
+    def _runner(self, server: str, model: str) -> Runner:
+        name = server, normalise_model(model)
+        runner = self._runners.setdefault(name, Runner())
+        self._runners.move_to_end(name)
+        while len(self._runners) > _MOST_MODELS:
+            self._runners.popitem(last=False)
+        return runner
+
+
+reloads = Reloads()
+
+
+def runner_options(options: Mapping[str, Any], shift: bool | None = None) -> dict[str, Any]:
+    """Return those of a call's options that a model is loaded with, without what leaves the choice to the server."""
+    asked = {name: options.get(name) for name in RUNNER_OPTIONS} | {"shift": shift}
+    if (asked["num_gpu"] or 0) < 0:
+        asked["num_gpu"] = None
+    for name in ("num_ctx", "num_batch", "num_thread"):
+        asked[name] = asked[name] or None
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A file and line, as `file:line`. All are equal: models that are alike stay so, wherever they were made."""
+
+    text: str = field(compare=False)
+
+
+def place() -> Place:
+    """Return the place of the code that called into LangChain or this package."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
+        frame = frame.f_back
+    return Place(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+
+
+def _differ(one: Asked, other: Asked, names: list[str]) -> bool:
+    return any(one.options.get(name) != other.options.get(name) for name in names)
+
+
+def _report(server: str, model: str, one: Asked, other: Asked, names: list[str]) -> str:
+    def said(asked: Asked) -> str:
+        values = (f"{name}={asked.options.get(name, 'not set')}" for name in names)
+        return f"{', '.join(values)} at {asked.place}"
+
+    return (
+        f"{normalise_model(model)} on {redact_url(server)} is asked for {said(one)} and {said(other)}; Ollama reloads"
+        " a model whenever these change"
+    )
+
+
+def _outcome(runner: Runner, names: list[str]) -> str:
+    told = []
+    shared = {name: runner.shared[name] for name in names if name in runner.shared}
+    if "num_ctx" in names and runner.unclear():
+        told.append("both are sent until the server's own window is known; then the larger is sent by all calls")
+        shared.pop("num_ctx", None)
+    if shared:
+        told.append(f"all calls now send {', '.join(f'{name}={value}' for name, value in shared.items())}")
+    if "shift" in names:
+        told.append("shift changes answers and is sent as asked, so these calls do reload the model")
+    told.append('give one set everywhere, or on_reload="raise" or "allow"')
+    return "; ".join(told)
