@@ -46,6 +46,7 @@ class Asking:
         """Return the answer."""
         fit, bounds = self.fit, self._bounds()
         with self.admission.slot(**self._turn(bounds)):
+            fit.in_turn()
             while True:
                 try:
                     return fit.ended(self.client.chat(fit.body, **bounds))
@@ -56,6 +57,7 @@ class Asking:
         """Return the answer, without blocking the event loop."""
         fit, bounds = self.fit, self._bounds()
         async with self.admission.aslot(**self._turn(bounds)):
+            fit.in_turn()
             while True:
                 try:
                     return await fit.aended(await self.client.achat(fit.body, **bounds))
@@ -67,6 +69,7 @@ class Asking:
         fit, bounds, begun = self.fit, self._bounds(), False
         # Held: whoever reads this stream may call the model in between, and must not wait for the slot taken here.
         with self.admission.slot(**self._turn(bounds)) as ticket, ticket.held():
+            fit.in_turn()
             while True:
                 try:
                     for part in self.client.chat_stream(fit.body, **bounds):
@@ -83,6 +86,7 @@ class Asking:
         fit, bounds, begun = self.fit, self._bounds(), False
         async with self.admission.aslot(**self._turn(bounds)) as ticket:
             with ticket.held():
+                fit.in_turn()
                 while True:
                     try:
                         async with contextlib.aclosing(self.client.achat_stream(fit.body, **bounds)) as parts:

@@ -37,6 +37,7 @@ from langchain_aegis.options import (
     option_error,
     resolve_aliases,
 )
+from langchain_aegis.reloads import Place, Rule, place, reloads, runner_options
 from langchain_aegis.settings import AegisSettings, normalise_base_url
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class AegisEmbeddings(OllamaEmbeddings):
         dimensions: Length of the vectors, for models that can shorten them.
         truncate: False makes the server refuse a text that does not fit into the model's window (an
             AegisContextOverflowError) instead of embedding its beginning.
+        on_reload: As for ChatAegis. `num_ctx` is always sent as asked: it decides how much of a long text is embedded.
         timeout: Seconds that one request may take; default `AEGIS_DEADLINE_S`.
         max_retries: How often a request is repeated while the server is overloaded or cannot be reached.
         max_batch: Most texts of a request.
@@ -74,6 +76,7 @@ class AegisEmbeddings(OllamaEmbeddings):
     base_url: str | None = Field(default=None, repr=False)
     keep_alive: float | str | None = None  # type: ignore[assignment] # upstream takes whole seconds only
     truncate: bool | None = None
+    on_reload: Rule = "share"
     timeout: float | None = None
     max_retries: int | None = Field(default=None, ge=0, le=10)
     api_key: SecretStr | None = Field(default_factory=secret_from_env("OLLAMA_API_KEY", default=None), repr=False)
@@ -87,6 +90,7 @@ class AegisEmbeddings(OllamaEmbeddings):
 
     _endpoint: Endpoint = PrivateAttr()
     _default_keep_alive: str = PrivateAttr()
+    _made_at: Place = PrivateAttr()
 
     def __init__(self, model: str | None = None, **arguments: Any) -> None:
         check_names(arguments, {*type(self).model_fields, *ALIASES}, f"argument of {type(self).__name__}:")
@@ -113,6 +117,7 @@ class AegisEmbeddings(OllamaEmbeddings):
         if self.keep_alive is not None:
             check_keep_alive(self.keep_alive)
         self._default_keep_alive = settings.keep_alive
+        self._made_at = place()
         self._endpoint = Endpoint.of(
             self.base_url or settings.ollama_base_url,
             settings,
@@ -150,14 +155,22 @@ class AegisEmbeddings(OllamaEmbeddings):
     @property
     def _requests(self) -> _Requests:
         return _Requests(
-            self._endpoint.client(self.base_url), self._body(), self._endpoint.bounds(), self.dimensions, self.cache
+            self._endpoint.client(self.base_url),
+            self._body(),
+            self._endpoint.bounds(),
+            self.dimensions,
+            self.cache,
+            self._guarded,
         )
 
     @property
     def _gathered(self) -> GatheredEmbeddings:
         """What all objects share that would send the same requests to the same server."""
         requests = self._requests
-        key = (repr(requests.body), repr(requests.bounds), self.max_batch, self.max_batch_chars, id(self.cache))
+        key = (
+            repr(requests.body), repr(requests.bounds), self.max_batch, self.max_batch_chars, id(self.cache),
+            self.on_reload,
+        )  # fmt: skip
         return _shared.get(requests.client, key, self._make_gathered)
 
     def _make_gathered(self) -> GatheredEmbeddings:
@@ -177,6 +190,14 @@ class AegisEmbeddings(OllamaEmbeddings):
             "options": {name: value for name in MODEL_OPTIONS if (value := values.get(name)) is not None},
         }
         return {name: value for name, value in fields.items() if value is not None}
+
+    def _guarded(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the body of a request with the runner options that all calls of the model send."""
+        if self.on_reload == "allow":
+            return body
+        name, asked = (self._endpoint.client(self.base_url).base_url, self.model), runner_options(body["options"])
+        reloads.share(*name, asked, where=lambda: self._made_at.text, rule=self.on_reload, own=("num_ctx",))
+        return {**body, "options": {**body["options"], **reloads.send(*name, asked, own=("num_ctx",))}}
 
 
 def kept_of(embeddings: OllamaEmbeddings, cache: AegisEmbeddingCache, *, learns: bool) -> Kept:
@@ -203,6 +224,7 @@ class _Requests:
         bounds: How long, and how often.
         dimensions: What the vectors must have, if it is known.
         cache: Asked for what flows want of Redis.
+        guarded: Returns the body as it is sent now.
     """
 
     def __init__(
@@ -212,17 +234,20 @@ class _Requests:
         bounds: Mapping[str, Any],
         dimensions: int | None,
         cache: AegisEmbeddingCache | None,
+        guarded: Callable[[Mapping[str, Any]], Mapping[str, Any]],
     ) -> None:
         self.client = client
         self.body = body
         self.bounds = bounds
         self._dimensions = dimensions
         self._cache = cache
+        self._guarded = guarded
 
     def perform(self, step: Any) -> Any:
         """Do a step of a flow, blocking."""
         if isinstance(step, Embed):
-            return self._vectors(self.client.embed({**self.body, "input": step.texts}, **self.bounds), step.texts)
+            answer = self.client.embed(self._asking(step.texts), **self.bounds)
+            return self._vectors(answer, step.texts)
         if isinstance(step, LearnDigest):
             return digest_in(self.client.tags(timeouts=self.bounds["timeouts"]), self.body["model"])
         return self._cache.perform(step) if self._cache is not None else None
@@ -230,11 +255,14 @@ class _Requests:
     async def aperform(self, step: Any) -> Any:
         """Do a step of a flow in the running event loop."""
         if isinstance(step, Embed):
-            answer = await self.client.aembed({**self.body, "input": step.texts}, **self.bounds)
+            answer = await self.client.aembed(self._asking(step.texts), **self.bounds)
             return self._vectors(answer, step.texts)
         if isinstance(step, LearnDigest):
             return digest_in(await self.client.atags(timeouts=self.bounds["timeouts"]), self.body["model"])
         return await self._cache.aperform(step) if self._cache is not None else None
+
+    def _asking(self, texts: Sequence[str]) -> dict[str, Any]:
+        return {**self._guarded(self.body), "input": texts}
 
     def _vectors(self, answer: dict[str, Any], texts: Sequence[str]) -> list[Vector]:
         """Return the vectors of an answer, checked: a wrong one would find wrong neighbours."""

@@ -15,6 +15,7 @@ except ImportError as exc:
 
 from langchain_aegis.admission import AdmissionStats
 from langchain_aegis.errors import AegisConfigError
+from langchain_aegis.reloads import reloads
 from langchain_aegis.servers import admissions
 from langchain_aegis.tallies import BOUNDS_S, EVENTS, Row
 
@@ -87,6 +88,7 @@ class AdmissionCollector:
             waits.add_metric(labels, list(zip(bounds, counts, strict=True)), sum(row.waited_s for row in rows))
         yield calls
         yield waits
+        yield from _runner_families()
 
     def _rows(self, servers: dict[str, AdmissionStats]) -> dict[tuple[str, ...], list[Row]]:
         found: dict[tuple[str, ...], list[Row]] = {}
@@ -95,6 +97,28 @@ class AdmissionCollector:
                 labels = (server, row.model or "", row.tenant or "")[: len(self._labels)]
                 found.setdefault(labels, []).append(row)
         return found
+
+
+def _runner_families() -> Iterator[Any]:
+    """Yield what calls ask a model to be loaded with, and what it would be reloaded for."""
+    labels = ("server", "model", "options")
+    asked = CounterMetricFamily("aegis_runner_calls", "Calls, by the runner options that they ask for.", labels=labels)
+    shared = CounterMetricFamily(
+        "aegis_runner_shared", "Calls sent with other calls' runner options, so that nothing reloads.", labels=labels
+    )
+    switches = CounterMetricFamily(
+        "aegis_runner_switches",
+        "Calls sent with other runner options than the call before: each reloads the model.",
+        labels=("server", "model"),
+    )
+    for server, model, sets, switched in reloads.rows():
+        for each in sets:
+            asked.add_metric((server, model, each.text), each.calls)
+            shared.add_metric((server, model, each.text), each.shared)
+        switches.add_metric((server, model), switched)
+    yield asked
+    yield shared
+    yield switches
 
 
 def register_admission(registry: Any = None, *, tenants: bool = False) -> AdmissionCollector:

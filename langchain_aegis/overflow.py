@@ -8,6 +8,7 @@ decided what follows from a refusal, and it is noticed afterwards what no server
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal
@@ -93,8 +94,10 @@ class Fit:
         self._trims = 0
         self._mark: dict[str, Any] | None = None
         self._own = runner_options(call.options, call.shift)
-        self._sent = reloads.share(client.base_url, call.model, self._own, rule=rule, where=where)
         self._guarded = rule != "allow"
+        self._sent = self._own
+        if self._guarded:
+            self._sent = reloads.share(client.base_url, call.model, self._own, rule=rule, where=where)
         self.call = _with_runner(call, self._own, self._sent)
         self.body = body(self.call, messages)
         self._forbids_cut = self.body.get("truncate") is False
@@ -103,6 +106,16 @@ class Fit:
 
     # -- before --
 
+    def in_turn(self) -> None:
+        """Send what all calls of the model send now; to be called when nothing is to be waited for any more."""
+        if self._guarded and (sent := reloads.send(self._client.base_url, self.call.model, self._own)) != self._sent:
+            self._send_with(sent)
+
+    def _send_with(self, runner: dict[str, Any]) -> None:
+        self._sent = runner
+        self.call = _with_runner(self._asked, self._own, runner)
+        self.body = {**self.body, "options": self.call.request([]).get("options", {})}
+
     def _refuse_what_cannot_fit(self) -> None:
         window = self._known(_REFUSED_S)
         if window is None and (asked := self._sent.get("num_ctx")) is not None:
@@ -110,6 +123,8 @@ class Fit:
         texts = [m["content"] for m in self.body["messages"] if m["role"] == "user" and m.get("content")]
         # A word and its blank are two characters at least: most prompts need no counting.
         if window is None or sum(map(len, texts)) < 2 * WORDS_PER_TOKEN * window:
+            return
+        if self._own.get("num_ctx", 0) > window:  # then it gets its own window when the other calls' is too small
             return
         # Of other messages, a template may leave out a part.
         if (least := sum(map(at_least_tokens, texts))) > window:
@@ -133,9 +148,7 @@ class Fit:
             self._note(self._sent, window)
         if self._sent != self._own and (window is None or self._own.get("num_ctx", window + 1) > window):
             # The window of other calls is too small after all: this one gets the window that it asked for.
-            self._sent = self._own
-            self.call = self._asked
-            self.body = {**self.body, "options": self._make(self.call, [])["options"]}
+            self._send_with(self._own)
             return True
         if self._policy == "warn" and self.body.get("truncate") is False:
             logger.warning("prompt_cut: %s; the server cuts it", refusal)
@@ -165,34 +178,33 @@ class Fit:
             AegisContextOverflowError: The server cut the prompt although it was told not to.
         """
         if self._asks_window(part):
-            try:
-                before = reloads.last_sent(self._client.base_url, self.call.model)
-                self._learn(self._client.ps(timeouts=_LOOK), before)
-            except AegisError:
-                pass  # then it stays unknown; the answer is there
+            with contextlib.suppress(AegisError):  # then it stays unknown; the answer is there
+                self._learn(self._client.ps(timeouts=_LOOK))
         return self._judged(part)
 
     async def aended(self, part: dict[str, Any]) -> dict[str, Any]:
         """Do what `ended` does, without blocking the event loop."""
         if self._asks_window(part):
-            try:
-                before = reloads.last_sent(self._client.base_url, self.call.model)
-                self._learn(await self._client.aps(timeouts=_LOOK), before)
-            except AegisError:
-                pass  # then it stays unknown; the answer is there
+            with contextlib.suppress(AegisError):  # then it stays unknown; the answer is there
+                self._learn(await self._client.aps(timeouts=_LOOK))
         return self._judged(part)
 
     def _asks_window(self, part: Mapping[str, Any]) -> bool:
         """Whether the counts can only be understood by whoever knows the window."""
-        if self._known(_KNOWN_S) is not None:
+        if self._known(_KNOWN_S) is not None or not self._was_last():
             return False
         if self._guarded and "num_ctx" not in self._sent and reloads.unclear(self._client.base_url, self.call.model):
             return True
         window: int = self._sent.get("num_ctx", _LEAST_WINDOW)
         return sum(_counts(part)) >= min(window, _LEAST_WINDOW)
 
-    def _learn(self, loaded: Sequence[Mapping[str, Any]], before: object) -> None:
-        if reloads.last_sent(self._client.base_url, self.call.model) != before:
+    def _was_last(self) -> bool:
+        """Whether no other call of this process has been sent with other runner options since."""
+        last = reloads.last_sent(self._client.base_url, self.call.model)
+        return not self._guarded or last in (None, self._sent)
+
+    def _learn(self, loaded: Sequence[Mapping[str, Any]]) -> None:
+        if not self._was_last():
             return  # another call may have had the model loaded anew meanwhile
         for each in loaded:
             window = each.get("context_length")

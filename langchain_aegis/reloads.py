@@ -7,7 +7,8 @@ reported, and from then on all calls of a model and server send one set:
 - `num_ctx`: the largest that any call has asked for. A smaller one rides on it: its prompt fits a fortiori. A call
   that leaves the window to the server rides only when the server's own window is known to be no larger.
 - The other options, which decide how fast and not what is answered: the first value that any call has asked for.
-- `shift` is never changed, because it changes answers; a difference is only reported.
+- What changes results is never changed, and a difference only reported: `shift`, and the window of an embedder, which
+  decides how much of a long text is embedded.
 
 What was constructed and never called counts for nothing. The guard sees the calls of its own process only.
 """
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -75,7 +76,7 @@ class Runner:
     sets: dict[tuple[Any, ...], Asked] = field(default_factory=dict)
     switches: int = 0
     server_window: int | None = None
-    sent: tuple[Any, ...] | None = None
+    sent: dict[str, Any] | None = None
     shared: dict[str, Any] = field(default_factory=dict)  # what is sent, but for `shift`
     windows: dict[tuple[Any, ...], tuple[int, float]] = field(default_factory=dict)
 
@@ -105,18 +106,18 @@ class Runner:
                 found.append(name)
         return found
 
-    def learn(self, options: Mapping[str, Any]) -> None:
-        """Take a set into what is sent by all."""
+    def learn(self, options: Mapping[str, Any], own: Collection[str]) -> None:
+        """Take a set into what is sent by all, but for a call's `own` options."""
         for name, value in options.items():
-            if name == "num_ctx":
+            if name == "num_ctx" and name not in own:
                 self.shared[name] = max(value, self.shared.get(name, 0))
-            elif name != "shift":
+            elif name not in own:
                 self.shared.setdefault(name, value)
 
-    def for_(self, options: Mapping[str, Any]) -> dict[str, Any]:
+    def for_(self, options: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
         """Return what a call with these options is sent with."""
-        sent = {**options, **self.shared}
-        if "num_ctx" in sent and self.leaves_window():
+        sent = {**options, **{name: value for name, value in self.shared.items() if name not in own}}
+        if "num_ctx" in sent and "num_ctx" not in own and self.leaves_window():
             if self.server_window is not None and self.server_window >= sent["num_ctx"]:
                 del sent["num_ctx"]  # the server's own window is the largest
             elif self.server_window is None and "num_ctx" not in options:
@@ -143,22 +144,30 @@ class Reloads:
             self._runners.clear()
 
     def share(
-        self, server: str, model: str, options: Mapping[str, Any], *, rule: Rule = "share", where: Callable[[], str]
+        self,
+        server: str,
+        model: str,
+        options: Mapping[str, Any],
+        *,
+        where: Callable[[], str],
+        rule: Rule = "share",
+        own: Collection[str] = ("shift",),
     ) -> dict[str, Any]:
-        """Return the runner options that a call is to be sent with.
+        """Take note of what a call asks for, and return the runner options that it would be sent with now.
+
+        What it is sent with, `send` says when its turn has come: others may have asked for more meanwhile.
 
         Args:
             server: Address of the server.
             model: Name of the model.
             options: Runner options that the call asks for; see `runner_options`.
-            rule: "share" one set; "raise" instead of using a second one; "allow" whatever is asked for, uncounted.
             where: Returns the file and line that asks; called when a set is seen for the first time.
+            rule: "share" one set; "raise" instead of using a second one. (For "allow", this is not to be called.)
+            own: Options that change what the call returns, and so are sent as asked.
 
         Raises:
             AegisReloadError: With "raise", a set that differs from an earlier call's.
         """
-        if rule == "allow":
-            return dict(options)
         key = tuple(options.get(name) for name in RUNNER_OPTIONS)
         report = ""
         with self._lock:
@@ -175,18 +184,30 @@ class Reloads:
                         )
                 if len(runner.sets) < _MOST_SETS:
                     runner.sets[key] = asked
-                runner.learn(options)
-            sent = runner.for_(options)
+                else:
+                    report = ""  # said often enough
+                runner.learn(options, own)
+            sent = runner.for_(options, own)
             asked.calls += 1
-            asked.shared += sent != options
-            now = tuple(sent.get(name) for name in RUNNER_OPTIONS)
-            runner.switches += runner.sent not in (None, now)
-            runner.sent = now
             if report:
-                report += f". {_outcome(runner, names)}"
+                report += f". {_outcome(runner, names, own)}"
         if report:
             logger.warning("reload: %s", report)
         return sent
+
+    def send(
+        self, server: str, model: str, options: Mapping[str, Any], *, own: Collection[str] = ("shift",)
+    ) -> dict[str, Any]:
+        """Return the runner options that a call, which `share` knows, is sent with now."""
+        key = tuple(options.get(name) for name in RUNNER_OPTIONS)
+        with self._lock:
+            runner = self._runner(server, model)
+            sent = runner.for_(options, own)
+            if (asked := runner.sets.get(key)) is not None:
+                asked.shared += sent != options
+            runner.switches += runner.sent not in (None, sent)
+            runner.sent = sent
+            return sent
 
     def window(self, server: str, model: str, options: Mapping[str, Any], *, within_s: float) -> int | None:
         """Return the window that the server gave for these options, if it said so in the last `within_s` seconds."""
@@ -212,8 +233,8 @@ class Reloads:
             runner = self._runners.get((server, normalise_model(model)))
             return runner is not None and runner.unclear()
 
-    def last_sent(self, server: str, model: str) -> tuple[Any, ...] | None:
-        """Return the set that the last call was sent with, one value for each of `RUNNER_OPTIONS`."""
+    def last_sent(self, server: str, model: str) -> dict[str, Any] | None:
+        """Return the set that the last call was sent with."""
         with self._lock:
             runner = self._runners.get((server, normalise_model(model)))
             return runner.sent if runner else None
@@ -279,15 +300,15 @@ def _report(server: str, model: str, one: Asked, other: Asked, names: list[str])
     )
 
 
-def _outcome(runner: Runner, names: list[str]) -> str:
+def _outcome(runner: Runner, names: list[str], own: Collection[str]) -> str:
     told = []
-    shared = {name: runner.shared[name] for name in names if name in runner.shared}
-    if "num_ctx" in names and runner.unclear():
+    shared = {name: runner.shared[name] for name in names if name in runner.shared and name not in own}
+    if "num_ctx" in names and "num_ctx" not in own and runner.unclear():
         told.append("both are sent until the server's own window is known; then the larger is sent by all calls")
         shared.pop("num_ctx", None)
     if shared:
         told.append(f"all calls now send {', '.join(f'{name}={value}' for name, value in shared.items())}")
-    if "shift" in names:
-        told.append("shift changes answers and is sent as asked, so these calls do reload the model")
+    if changing := " and ".join(name for name in names if name in own):
+        told.append(f"{changing}, which changes results, is sent as asked, so these calls do reload the model")
     told.append('give one set everywhere, or on_reload="raise" or "allow"')
     return "; ".join(told)
