@@ -24,6 +24,7 @@ from langchain_aegis.admission import Admission
 from langchain_aegis.answers import Whole, read_chunk, read_result
 from langchain_aegis.asking import Asking, turn_of
 from langchain_aegis.bodies import wire_message, wire_tools
+from langchain_aegis.client import OllamaClient
 from langchain_aegis.endpoint import Endpoint
 from langchain_aegis.errors import AegisConfigError, AegisOptionError
 from langchain_aegis.hits import CachedChat
@@ -49,6 +50,7 @@ from langchain_aegis.settings import AegisSettings, normalise_base_url
 from langchain_aegis.spread import Asks, Spread
 from langchain_aegis.traits import in_bulk
 from langchain_aegis.tuning import tuned
+from langchain_aegis.warming import Report, Target, Warmed, awarm, warm
 
 
 class ChatAegis(CachedChat):
@@ -365,6 +367,45 @@ class ChatAegis(CachedChat):
         if self.output_version == "v1":
             generation.message = _update_message_content_to_blocks(generation.message, "v1")
         return generation
+
+    def warm(self, *, system: str | None = None, pull: bool = True, report: Report | None = None) -> Warmed:
+        """Have the server load the model as calls will need it, and read the beginning of their prompts.
+
+        Args:
+            system: A system prompt that calls begin with; read now, it costs them nothing.
+            pull: Download the model if the server does not have it; a download that breaks off goes on by itself.
+            report: Called with a `langchain_aegis.warming.Progress` for each step.
+
+        Returns:
+            What became of it; of several servers, all are made ready, and the first is told that has no room for it.
+
+        Raises:
+            AegisModelNotFoundError: There is no such model, or it is not there and `pull` is False.
+            AegisConfigError: `keep_alive` is 0, so that nothing stays loaded.
+        """
+        found = [
+            warm([target], client, self._endpoint.timeouts, pull=pull, report=report)[0]
+            for client, target in self._warmth(system)
+        ]
+        return next((each for each in found if not each.resident), found[0])
+
+    async def awarm(self, *, system: str | None = None, pull: bool = True, report: Report | None = None) -> Warmed:
+        """Do what `warm` does, without blocking the event loop."""
+        found = [
+            (await awarm([target], client, self._endpoint.timeouts, pull=pull, report=report))[0]
+            for client, target in self._warmth(system)
+        ]
+        return next((each for each in found if not each.resident), found[0])
+
+    def _warmth(self, system: str | None) -> list[tuple[OllamaClient, Target]]:
+        """Return the clients of the model's servers, and what is to be warmed there."""
+        body, where, rule = self._body(self._defaults(), []), self._made_at.text, self.on_reload
+        addresses = self.base_url if isinstance(self.base_url, list) else [self.base_url]
+        clients = [self._endpoint.client(address) for address in addresses]
+        return [
+            (each, Target.of(body, each.base_url, rule=rule, where=where, embeds=False, system=system))
+            for each in clients
+        ]
 
     def _way(self, call: Call, messages: list[BaseMessage]) -> Asks:
         """Return a call that is ready to be sent."""

@@ -18,6 +18,7 @@ from langchain_aegis.cli_cache import Json, OllamaUrl, RedisUrl, cache_app
 from langchain_aegis.cli_doctor import doctor
 from langchain_aegis.cli_plan import plan
 from langchain_aegis.cli_top import top
+from langchain_aegis.cli_warm import warm
 
 app = typer.Typer(
     name="aegis",
@@ -31,6 +32,7 @@ app.add_typer(bench_app, name="bench")
 app.command()(doctor)
 app.command()(plan)
 app.command()(top)
+app.command()(warm)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from langchain_aegis import __version__
 from langchain_aegis.attempts import Attempt, Timeouts, attempts
 from langchain_aegis.errors import AegisError, AegisRequestError, AegisServerError, AegisTimeoutError
 from langchain_aegis.loops import PerLoop
-from langchain_aegis.ndjson import MAX_TOTAL_BYTES, ChatParts, parse_object
+from langchain_aegis.ndjson import MAX_TOTAL_BYTES, ChatParts, Parts, PullParts, parse_object
 from langchain_aegis.refusals import refusal, translated
 from langchain_aegis.settings import normalise_base_url
 from langchain_aegis.telemetry import acounted, acounted_stream, counted, counted_stream
@@ -150,18 +150,18 @@ class OllamaClient:
         for attempt in attempts(bounds, retries):
             parts = ChatParts()
             try:
-                yield from self._stream_once({**body, "stream": True}, bounds, attempt, parts)
+                yield from self._stream_once("/api/chat", {**body, "stream": True}, bounds, attempt, parts)
                 return
             except AegisError as exc:
                 time.sleep(attempt.wait_s(exc, parts.begun))
 
     def _stream_once(
-        self, body: dict[str, Any], bounds: Timeouts, attempt: Attempt, parts: ChatParts
+        self, path: str, body: dict[str, Any], bounds: Timeouts, attempt: Attempt, parts: Parts
     ) -> Generator[dict[str, Any], None, None]:
         sent = _encode(body)
         with (
             translated(self.base_url, parts),
-            self._sync().stream("POST", self._url("/api/chat"), content=sent, timeout=bounds.of_http()) as response,
+            self._sync().stream("POST", self._url(path), content=sent, timeout=bounds.of_http()) as response,
         ):
             if not response.is_success:
                 raise self._refusal(response, _collect(response, _MAX_ERROR_BYTES, attempt), body["model"])
@@ -192,7 +192,7 @@ class OllamaClient:
             parts = ChatParts()
             try:
                 async with contextlib.aclosing(
-                    self._astream_once({**body, "stream": True}, bounds, attempt, parts)
+                    self._astream_once("/api/chat", {**body, "stream": True}, bounds, attempt, parts)
                 ) as stream:
                     async for part in stream:
                         yield part
@@ -201,12 +201,12 @@ class OllamaClient:
                 await asyncio.sleep(attempt.wait_s(exc, parts.begun))
 
     async def _astream_once(
-        self, body: dict[str, Any], bounds: Timeouts, attempt: Attempt, parts: ChatParts
+        self, path: str, body: dict[str, Any], bounds: Timeouts, attempt: Attempt, parts: Parts
     ) -> AsyncGenerator[dict[str, Any], None]:
         sent = _encode(body)
         client = await self._async()
         with translated(self.base_url, parts):
-            request = client.build_request("POST", self._url("/api/chat"), content=sent, timeout=bounds.of_http())
+            request = client.build_request("POST", self._url(path), content=sent, timeout=bounds.of_http())
             async with attempt.bound():
                 response = await client.send(request, stream=True)
             async with contextlib.aclosing(response):
@@ -233,6 +233,26 @@ class OllamaClient:
                     for part in parts.feed(piece):
                         yield part
                 for part in parts.finish():
+                    yield part
+
+    # -- downloads --
+
+    def pull(self, model: str, *, timeouts: Timeouts | None = None) -> Generator[dict[str, Any], None, None]:
+        """Have the server download a model; yield `status`, and perhaps `digest`, `total`, `completed` (bytes).
+
+        What was downloaded is kept by the server when this breaks off: the next pull goes on there.
+        """
+        bounds = timeouts or self.timeouts
+        for attempt in attempts(bounds, 0):
+            yield from self._stream_once("/api/pull", {"model": model, "stream": True}, bounds, attempt, PullParts())
+
+    async def apull(self, model: str, *, timeouts: Timeouts | None = None) -> AsyncGenerator[dict[str, Any], None]:
+        """Do what `pull` does, without blocking the event loop."""
+        bounds = timeouts or self.timeouts
+        for attempt in attempts(bounds, 0):
+            stream = self._astream_once("/api/pull", {"model": model, "stream": True}, bounds, attempt, PullParts())
+            async with contextlib.aclosing(stream) as parts:
+                async for part in parts:
                     yield part
 
     # -- small calls --

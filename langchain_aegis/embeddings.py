@@ -39,6 +39,7 @@ from langchain_aegis.options import (
 )
 from langchain_aegis.reloads import Place, Rule, place, reloads, runner_options
 from langchain_aegis.settings import AegisSettings, normalise_base_url
+from langchain_aegis.warming import Report, Target, Warmed, awarm, warm
 
 if TYPE_CHECKING:
     from langchain_aegis.embedding_cache import AegisEmbeddingCache
@@ -151,6 +152,20 @@ class AegisEmbeddings(OllamaEmbeddings):
     async def aembed_query(self, text: str) -> Vector:
         """Return the vector of one text; see `embed_documents`."""
         return (await self._gathered.aembed(_checked([text]), self._requests))[0]
+
+    def warm(self, *, pull: bool = True, report: Report | None = None) -> Warmed:
+        """Have the server load the model; see `ChatAegis.warm`."""
+        client, target = self._warmth()
+        return warm([target], client, self._endpoint.timeouts, pull=pull, report=report)[0]
+
+    async def awarm(self, *, pull: bool = True, report: Report | None = None) -> Warmed:
+        """Do what `warm` does, without blocking the event loop."""
+        client, target = self._warmth()
+        return (await awarm([target], client, self._endpoint.timeouts, pull=pull, report=report))[0]
+
+    def _warmth(self) -> tuple[OllamaClient, Target]:
+        where, rule, client = self._made_at.text, self.on_reload, self._endpoint.client(self.base_url)
+        return client, Target.of(self._body(), client.base_url, rule=rule, where=where, embeds=True)
 
     @property
     def _requests(self) -> _Requests:

@@ -6,13 +6,14 @@ and an answer counts only when exactly one part said `done: true`.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import orjson
 
-from langchain_aegis.errors import AegisStreamError
+from langchain_aegis.errors import AegisError, AegisStreamError
 from langchain_aegis.notices import warn_once
-from langchain_aegis.refusals import error_line
+from langchain_aegis.refusals import error_line, pull_error
 
 MAX_LINE_BYTES = 8 * 1024 * 1024
 MAX_TOTAL_BYTES = 64 * 1024 * 1024
@@ -20,13 +21,16 @@ _QUOTED_BYTES = 120
 _BOM = b"\xef\xbb\xbf"
 
 
-class ChatParts:
-    """The parts of one answer of `/api/chat`, checked as they arrive.
+class Parts:
+    """The parts of one streamed answer, checked as they arrive.
 
     Attributes:
         begun: The server has answered with a status of success.
         done: The part that ends the answer has been returned.
     """
+
+    missing: ClassVar[str]  # what is not there when the end has not come
+    refuse: Callable[..., AegisError] = staticmethod(error_line)
 
     def __init__(self, *, max_line_bytes: int = MAX_LINE_BYTES, max_total_bytes: int = MAX_TOTAL_BYTES) -> None:
         self.begun = False
@@ -69,19 +73,19 @@ class ChatParts:
         """Return what a last line without its end holds, once the connection has ended.
 
         Raises:
-            AegisStreamError: No part said `done: true`, so the answer is not whole.
+            AegisStreamError: No part said that it was the last, so the answer is not whole.
         """
         last = self._read(bytes(self._buffer))
         self._buffer.clear()
         if not self.done:
-            raise self._broken("the answer ended without `done: true`; it may be cut")
+            raise self._broken(f"the answer ended without {self.missing}; it may be cut")
         return [last] if last is not None else []
 
     def whole(self, body: bytes) -> dict[str, Any]:
         """Return the one part that an answer without streaming consists of."""
         part = self._read(body)
         if part is None or not self.done:
-            raise self._broken("the answer came without `done: true`; it may be cut")
+            raise self._broken(f"the answer came without {self.missing}; it may be cut")
         return part
 
     def _read(self, line: bytes) -> dict[str, Any] | None:
@@ -93,7 +97,24 @@ class ChatParts:
         if self.done:
             warn_once("data_after_done", "an Ollama server sent more after the end of an answer; it was ignored")
             return None
-        part = parse_object(line, partial=self.partial)
+        part = parse_object(line, partial=self.partial, refuse=self.refuse)
+        self._accept(part, line)
+        return part
+
+    def _accept(self, part: dict[str, Any], line: bytes) -> None:
+        """Check a part, and note whether it is the last."""
+        raise NotImplementedError
+
+    def _broken(self, message: str) -> AegisStreamError:
+        return AegisStreamError(message, partial=self.partial)
+
+
+class ChatParts(Parts):
+    """The parts of one answer of `/api/chat`."""
+
+    missing = "`done: true`"
+
+    def _accept(self, part: dict[str, Any], line: bytes) -> None:
         message = part.get("message")
         done = part.get("done") is True
         if message is None and done:
@@ -102,17 +123,26 @@ class ChatParts:
             raise self._broken(f"not a part of an answer of Ollama: {_quote(line)}")
         self._texts.append(message.get("content") or "")
         self.done = done
-        return part
-
-    def _broken(self, message: str) -> AegisStreamError:
-        return AegisStreamError(message, partial=self.partial)
 
 
-def parse_object(body: bytes, *, partial: str = "") -> dict[str, Any]:
+class PullParts(Parts):
+    """The parts of one answer of `/api/pull`: how far the download is."""
+
+    missing = "`status: success`"
+    refuse = staticmethod(pull_error)
+
+    def _accept(self, part: dict[str, Any], line: bytes) -> None:
+        if not isinstance(part.get("status"), str):
+            raise self._broken(f"not a part of an answer of Ollama: {_quote(line)}")
+        self.done = part["status"] == "success"
+
+
+def parse_object(body: bytes, *, partial: str = "", refuse: Callable[..., AegisError] = error_line) -> dict[str, Any]:
     """Return the JSON object that `body` holds.
 
     Raises:
-        AegisStreamError: It is no JSON object, or one with an `error`.
+        AegisStreamError: It is no JSON object.
+        AegisError: What `refuse` makes of its `error`, if it has one.
     """
     try:
         value = orjson.loads(body)
@@ -121,7 +151,7 @@ def parse_object(body: bytes, *, partial: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         raise AegisStreamError(f"not an answer of Ollama: {_quote(body)}", partial=partial)
     if error := value.get("error"):
-        raise error_line(error, partial=partial)
+        raise refuse(error, partial=partial)
     return value
 
 

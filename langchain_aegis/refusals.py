@@ -31,6 +31,9 @@ _MAX_RETRY_AFTER_S = 3600.0
 # Wordings of Ollama 0.33 and of the llama-server below it; statuses alone do not tell these apart.
 _OVERFLOWS = ("exceed_context_size", "context length", "exceeds the available context")
 _WRONG_REQUESTS = ("must be of type", "invalid format", "invalid options")
+# What ends a download and may be gone a moment later.
+_PASSING = ("eof", "timeout", "timed out", "connection", "max retries", "dial tcp", "tls handshake", "no such host",
+            "digest mismatch", "stalled", " 500", " 502", " 503", " 504")  # fmt: skip
 
 
 class Progress(Protocol):
@@ -129,6 +132,15 @@ def error_line(error: Any, *, partial: str) -> AegisError:
     if overflow := _overflow(text, None):
         return overflow
     return AegisStreamError(f"the model stopped with an error: {text[:SNIPPET_CHARS]}", partial=partial)
+
+
+def pull_error(error: Any, *, partial: str) -> AegisError:
+    """Return the error for a download that the server gave up."""
+    text = _nested(error)
+    if "file does not exist" in text or "not found" in text:
+        return AegisModelNotFoundError(f"the registry does not have that model: {text[:SNIPPET_CHARS]}")
+    again = any(wording in text.lower() for wording in _PASSING)
+    return AegisServerError(f"the server could not pull the model: {text[:SNIPPET_CHARS]}", retryable=again)
 
 
 def _overflow(text: str, status: int | None) -> AegisContextOverflowError | None:

@@ -42,6 +42,7 @@ except ImportError as exc:
 from langchain_aegis.embedded.scripted import DEFAULT_MODELS, Counters, ScriptedEngine, ScriptedModel
 from langchain_aegis.embedded.wire import OllamaWire
 from langchain_aegis.embedded.wire_faults import Fault, FaultKind, Seen
+from langchain_aegis.embedded.wire_pull import Pulls
 from langchain_aegis.embedded.wire_residency import Residency
 from langchain_aegis.embedded.wire_server import Listener, listen, loopback_socket
 from langchain_aegis.embedded.wire_thread import LoopThread
@@ -74,6 +75,8 @@ class ScriptedOllama:
         models: Names to list beside `scripted:latest` and `scripted-embed:latest`; a name that holds `embed`, `minilm`
             or `bge` makes vectors. A `ScriptedModel` says more: that it thinks, has no tools, how large its window is.
             Any other name is answered with 404.
+        registry: Models that are not there and can be pulled; the bytes that came are kept when a pull breaks off.
+        pull_bytes_per_s: Speed of a pull; 0: no delay.
         slots: Generations of each model at the same time; more requests wait in the order in which they came.
             Embedding models have one slot.
         max_waiting: More waiting requests are refused with 503; None: any number may wait, as in Ollama.
@@ -94,6 +97,8 @@ class ScriptedOllama:
         self,
         models: str | ScriptedModel | Sequence[str | ScriptedModel] = (),
         *,
+        registry: Sequence[str | ScriptedModel] = (),
+        pull_bytes_per_s: float = 0.0,
         slots: int = 4,
         max_waiting: int | None = None,
         tokens_per_s: float = 0.0,
@@ -106,8 +111,7 @@ class ScriptedOllama:
         max_loaded: int | None = None,
         words: int = 16,
     ) -> None:
-        given = [models] if isinstance(models, str | ScriptedModel) else list(models)
-        named = [model if isinstance(model, ScriptedModel) else ScriptedModel.named(model) for model in given]
+        named = _models([models] if isinstance(models, str | ScriptedModel) else models)
         taken = {model.card().name for model in named}
         self._changed = threading.Condition()
         self._engine = ScriptedEngine(
@@ -125,8 +129,16 @@ class ScriptedOllama:
         )
         self._later_ns = 0
         loaded = Residency(self._engine, max_queue=max_queue, max_loaded=max_loaded, clock_ns=self._now_ns)
-        self._app = OllamaWire(self._engine, witness=self, residency=loaded)
-        self._in_process_app = OllamaWire(self._engine, witness=self, hosts=None, residency=loaded)
+        remote = {model.card().name: model for model in _models(registry)}
+        pulls = Pulls(
+            self._engine,
+            {name: model.card() for name, model in remote.items()},
+            arrived=lambda card: self._engine.add(remote[card.name]),
+            moved=self._moved,
+            bytes_per_s=pull_bytes_per_s,
+        )
+        self._app = OllamaWire(self._engine, witness=self, residency=loaded, pulls=pulls)
+        self._in_process_app = OllamaWire(self._engine, witness=self, hosts=None, residency=loaded, pulls=pulls)
         self._lock = threading.Lock()
         self._thread: LoopThread | None = None
         self._listener: Listener | None = None
@@ -327,6 +339,10 @@ class ScriptedOllama:
         self._disconnects += 1
         self._notify()
 
+    def _moved(self, count: int) -> None:
+        self._engine.counters.pulled_bytes += count
+        self._notify()
+
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
@@ -336,3 +352,7 @@ class ScriptedOllama:
             if self._thread is None:
                 self._thread = LoopThread("scripted-ollama")
             return self._thread
+
+
+def _models(given: Sequence[str | ScriptedModel]) -> list[ScriptedModel]:
+    return [model if isinstance(model, ScriptedModel) else ScriptedModel.named(model) for model in given]

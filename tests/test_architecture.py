@@ -24,7 +24,7 @@ ORDER = [
     "replies", "namespace", "scripts", "store", "connections", "sweeper",
     "counts", "telemetry",
     "attempts", "refusals", "ndjson", "client", "endpoint",
-    "reloads", "overflow",
+    "reloads", "overflow", "warming",
     "traits", "prefixes", "late_messages",
     "live", "bounds", "wakers", "tickets", "tallies", "queues", "admission", "balance", "pools", "progress",
     "bulk", "pulses", "own_errors", "broadcasts", "flights",
@@ -41,7 +41,7 @@ ORDER = [
     "embedded", "testing",
     "demo",
     "bench",
-    "cli_cache", "cli_plan", "cli_top", "cli_doctor", "cli_bench", "cli", "__main__",
+    "cli_cache", "cli_plan", "cli_top", "cli_warm", "cli_doctor", "cli_bench", "cli", "__main__",
 ]  # fmt: skip
 
 # importer -> imported, against the order, each with its reason.

@@ -41,9 +41,11 @@ class ScriptedModel:
         thinking: It thinks before it answers, unless told not to.
         context_length: Tokens; a longer window is not given, whatever `num_ctx` says.
         dimensions: Of its vectors.
+        file_bytes: Size of its weights; None: that of a small one.
     """
 
     name: str
+    file_bytes: int | None = None
     embedding: bool = False
     tools: bool = True
     thinking: bool = False
@@ -61,12 +63,14 @@ class ScriptedModel:
         if self.embedding:
             return ModelCard(
                 name=name, capabilities=("embedding",), context_length=min(self.context_length, 8192), family="bert",
-                embedding_length=self.dimensions, parameter_size="22.57M", quantization="F16", file_bytes=45_960_996,
+                embedding_length=self.dimensions, parameter_size="22.57M", quantization="F16",
+                file_bytes=self.file_bytes or 45_960_996,
             )  # fmt: skip
         able = ("completion", *(["tools"] if self.tools else []), *(["thinking"] if self.thinking else []))
         return ModelCard(
-            name=name, capabilities=able, context_length=self.context_length, embedding_length=self.dimensions
-        )
+            name=name, capabilities=able, context_length=self.context_length, embedding_length=self.dimensions,
+            file_bytes=self.file_bytes or 98_000_000,
+        )  # fmt: skip
 
 
 DEFAULT_MODELS = (ScriptedModel(name="scripted:latest"), ScriptedModel(name="scripted-embed:latest", embedding=True))
@@ -82,6 +86,7 @@ class Counters:
         prefilled_tokens: Prompt tokens that were evaluated.
         cached_tokens: Prompt tokens that need not be, because a slot or the host's cache knew them.
         generated_tokens: Tokens sent, also of answers that nobody waited for.
+        pulled_bytes: Bytes of models that were downloaded.
         texts_embedded: Over all requests for vectors.
         requests_embedded: Requests for vectors.
         loads: Models loaded, because they were not, or with other options.
@@ -97,6 +102,7 @@ class Counters:
     requests_embedded: int = 0
     loads: int = 0
     reloads: int = 0
+    pulled_bytes: int = 0
 
 
 class ScriptedEngine:
@@ -155,6 +161,12 @@ class ScriptedEngine:
     def cards(self) -> Sequence[ModelCard]:
         """The models."""
         return self._cards
+
+    def add(self, model: ScriptedModel) -> None:
+        """List one more model."""
+        card = model.card()
+        self._models[card.name] = model
+        self._cards = (*self._cards, card)
 
     def window(self, card: ModelCard, num_ctx: int | None) -> int:
         """Return `num_ctx`, or the default, within what the model can."""

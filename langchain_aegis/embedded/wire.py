@@ -33,6 +33,7 @@ from langchain_aegis.embedded.wire_engine import (
 from langchain_aegis.embedded.wire_exchange import Exchange, Reply
 from langchain_aegis.embedded.wire_faults import Seen, Witness
 from langchain_aegis.embedded.wire_json import GoSyntaxError, decode, encode, float32_lists
+from langchain_aegis.embedded.wire_pull import Pulls
 from langchain_aegis.embedded.wire_requests import Refused, full_name, options, output_format, parse, valid_name
 from langchain_aegis.embedded.wire_residency import Residency
 
@@ -51,13 +52,16 @@ class OllamaWire:
         witness: Told of every request; may let it fail.
         hosts: Accepted names in the `Host` header: a web page that resolves its own name to loopback is refused. None
             accepts any.
+        residency: Keeps account of what is loaded.
+        pulls: What can be downloaded; by default nothing beyond what is there.
     """
 
     def __init__(
         self, engine: Engine, *, witness: Witness | None = None, hosts: set[str] | None = _LOOPBACK_HOSTS,
-        residency: Residency | None = None,
+        residency: Residency | None = None, pulls: Pulls | None = None,
     ) -> None:  # fmt: skip
         self._engine = engine
+        self._pulls = pulls or Pulls(engine)
         self._witness = witness
         self._hosts = hosts
         self._residency = residency or Residency(engine)
@@ -68,6 +72,7 @@ class OllamaWire:
             "/api/embed": self._embed,
             "/api/embeddings": self._embeddings,
             "/api/show": self._show,
+            "/api/pull": self._pull,
         }
         gets: dict[str, Handler] = {
             "/api/tags": self._tags,
@@ -243,6 +248,19 @@ class OllamaWire:
         )
         return self._catalog.show(card)
 
+    async def _pull(self, body: bytes, started: int) -> Reply:
+        asked = parse("/api/pull", body)
+        name = asked.get("model") or asked.get("name") or ""
+        if not valid_name(name):
+            raise Refused(400, "invalid model name")
+        lines = self._pulls.pull(name)
+        if asked.get("stream", True):
+            return _told(lines)
+        async with aclosing(lines):
+            async for _ in lines:
+                pass
+        return {"status": "success"}
+
     async def _tags(self, body: bytes, started: int) -> Reply:
         return self._catalog.tags()
 
@@ -271,6 +289,12 @@ async def _lines(
     async with aclosing(parts):
         async for part in parts:
             yield answers.piece(path, model, part) if isinstance(part, Piece) else answers.end(path, model, *part)
+
+
+async def _told(lines: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[dict[str, Any], None]:
+    async with aclosing(lines):
+        async for told in lines:
+            yield told
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,7 @@ FIELDS: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "/api/embed": ("EmbedRequest", {"model": _STRING, "truncate": _BOOLEAN, "dimensions": _NUMBER, "options": _OBJECT}),
     "/api/embeddings": ("EmbeddingRequest", {"model": _STRING, "prompt": _STRING, "options": _OBJECT}),
+    "/api/pull": ("PullRequest", {"model": _STRING, "name": _STRING, "insecure": _BOOLEAN, "stream": _BOOLEAN}),
     "/api/show": ("ShowRequest", {"model": _STRING, "name": _STRING, "verbose": _BOOLEAN}),
 }  # fmt: skip
 _GO_TYPE = {
