@@ -159,16 +159,23 @@ def _print(found: Sequence[Warmed]) -> None:
 
     table = Table(title="Models", title_justify="left")
     table.add_column("Model", overflow="fold")
-    for name in ("Loaded", "Pulled", "Took", "Window", "Memory", "On GPU", "Stays", "Prompt read"):
-        table.add_column(name, justify="right")
+    columns = ["Loaded", "Took", "Window", "Memory", "On GPU", "Stays"]
+    more = {"Pulled": any(each.pulled_bytes for each in found), "Read": any(each.prefilled_tokens for each in found)}
+    columns += [name for name, needed in more.items() if needed]
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
     for each in found:
-        gpu = f"{each.gpu_bytes / each.size_bytes:.0%}" if each.size_bytes else "-"
-        stays = "-" if not each.resident else "for ever" if each.stays_s is None else _duration(each.stays_s)
-        table.add_row(
-            plain(each.model), "yes" if each.resident else "no", _size(each.pulled_bytes), f"{each.load_s:.1f} s",
-            str(each.window_tokens or "-"), _size(each.size_bytes), gpu, stays,
-            f"{each.prefilled_tokens} tokens" if each.prefilled_tokens else "-",
-        )  # fmt: skip
+        cells = {
+            "Loaded": "yes" if each.resident else "no",
+            "Took": f"{each.load_s:.1f} s",
+            "Window": str(each.window_tokens or "-"),
+            "Memory": _size(each.size_bytes),
+            "On GPU": f"{each.gpu_bytes / each.size_bytes:.0%}" if each.size_bytes else "-",
+            "Stays": "-" if not each.resident else "for ever" if each.stays_s is None else _duration(each.stays_s),
+            "Pulled": _size(each.pulled_bytes),
+            "Read": f"{each.prefilled_tokens} tokens" if each.prefilled_tokens else "-",
+        }
+        table.add_row(plain(each.model), *(cells[name] for name in columns))
     console = Console()
     console.print(table)
     if gone := [plain(each.model) for each in found if not each.resident]:

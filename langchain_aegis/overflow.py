@@ -239,7 +239,8 @@ class Fit:
         is one of the usual windows is none by chance.
         """
         texts = [m["content"] for m in self.body["messages"] if m["role"] == "user" and m.get("content")]
-        if sum(map(len, texts)) > 2 * used and sum(map(_words, texts)) > used:
+        blanks = sum(text.count(blank) for text in texts for blank in " \n\t")
+        if blanks + len(texts) > used and sum(map(_words, texts)) > used:  # counting blanks costs next to nothing
             return True
         return used == window or (window is None and used >= _LEAST_WINDOW and used & (used - 1) == 0)
 
