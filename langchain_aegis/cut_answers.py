@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, Final, TypeVar
 
 from langchain_core.caches import RETURN_VAL_TYPE, BaseCache
 from langchain_core.globals import get_llm_cache
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
-from langchain_core.outputs import ChatGeneration, Generation
+from langchain_core.outputs import ChatGeneration, ChatResult, Generation
 
 Model = TypeVar("Model", bound=BaseChatModel)
 
@@ -42,6 +44,39 @@ def rests_on_a_part(generations: Sequence[Generation]) -> bool:
         if is_cut(told):
             return True
     return False
+
+
+_noted: ContextVar[list[bool] | None] = ContextVar("aegis_cut_noted", default=None)
+
+
+@contextlib.contextmanager
+def noting_cuts() -> Iterator[list[bool]]:
+    """Note whether a model's answer inside rests on a part of its prompt: the list is not empty then.
+
+    What a pipeline makes of such an answer need not show it.
+    """
+    noted: list[bool] = []
+    token = _noted.set(noted)
+    try:
+        yield noted
+    finally:
+        with contextlib.suppress(ValueError):  # left in another context, which never had the list
+            _noted.reset(token)
+        if noted:
+            note_cut()  # the pipeline around this one rests on it too
+
+
+def note_cut() -> None:
+    """Say that an answer of this context rests on a part of its prompt."""
+    if (noted := _noted.get()) is not None:
+        noted.append(True)
+
+
+def noted(result: ChatResult) -> ChatResult:
+    """Return `result`, and note it if it rests on a part of its prompt: it may have been made in another context."""
+    if _noted.get() is not None and rests_on_a_part(result.generations):
+        note_cut()
+    return result
 
 
 class WholeOnly(BaseCache):

@@ -22,7 +22,7 @@ from langchain_core.runnables import (
 from langchain_core.runnables.passthrough import RunnableAssign
 from langchain_core.tools import BaseTool
 
-from langchain_aegis.cut_answers import keeping_whole
+from langchain_aegis.cut_answers import keeping_whole, noted
 
 # Taken over from the model inside, unless the wrapper is told otherwise. Never `cache`: it is the wrapper's own.
 INHERITED = ("callbacks", "tags", "metadata", "verbose", "name", "rate_limiter", "disable_streaming",
@@ -114,10 +114,10 @@ class ForwardingChatModel(BaseChatModel):
         await self.inner._areplay_v2_events_for_cache_hit(generations, run_manager=run_manager, **kwargs)
 
     def _generate_with_cache(self, *args: Any, **kwargs: Any) -> ChatResult:
-        return super(ForwardingChatModel, keeping_whole(self))._generate_with_cache(*args, **kwargs)
+        return noted(super(ForwardingChatModel, keeping_whole(self))._generate_with_cache(*args, **kwargs))
 
     async def _agenerate_with_cache(self, *args: Any, **kwargs: Any) -> ChatResult:
-        return await super(ForwardingChatModel, keeping_whole(self))._agenerate_with_cache(*args, **kwargs)
+        return noted(await super(ForwardingChatModel, keeping_whole(self))._agenerate_with_cache(*args, **kwargs))
 
     # Streaming: the wrapper has `_stream` and `_astream` whatever the model has
 

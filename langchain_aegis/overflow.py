@@ -17,7 +17,7 @@ from langchain_core.messages import BaseMessage
 
 from langchain_aegis.attempts import Timeouts
 from langchain_aegis.client import OllamaClient
-from langchain_aegis.cut_answers import MARK
+from langchain_aegis.cut_answers import MARK, note_cut
 from langchain_aegis.errors import AegisContextOverflowError, AegisError, AegisOptionError
 from langchain_aegis.identity import normalise_model
 from langchain_aegis.notices import logger, warn_once
@@ -230,7 +230,10 @@ class Fit:
                 )
                 told.prompt_tokens = used
                 self._mark = _marked("shifted", told)
-        return part if self._mark is None else {**part, MARK: self._mark}
+        if self._mark is None:
+            return part
+        note_cut()
+        return {**part, MARK: self._mark}
 
     def _seems_cut(self, used: int, window: int | None) -> bool:
         """Whether the server has read fewer tokens than the prompt has.

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from langchain_core.messages import BaseMessage
 
+from langchain_aegis.cut_answers import noting_cuts
 from langchain_aegis.entries import decode_value
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flows import arun, run
@@ -25,7 +26,7 @@ from langchain_aegis.scope import aegis_scope, current
 
 Node = TypeVar("Node", bound=Callable[..., Any])
 _BROKEN: Any = object()  # in place of sources that are not known
-_UNKNOWN = "not_json"
+_UNKNOWN, _CUT = "not_json", "part_of_prompt"
 
 
 class Pipelines(Performer):
@@ -61,7 +62,7 @@ class Pipelines(Performer):
             AegisConfigError: An argument cannot be used.
         """
         _check(question, generate, pipeline, version)
-        with aegis_scope(sources=sources, task=task, ttl_s=ttl_s):
+        with aegis_scope(sources=sources, task=task, ttl_s=ttl_s), noting_cuts() as cuts:
             found = None
             try:
                 found, hit = run(self._engine.lookup_value(question, pipeline, version), self._perform)
@@ -78,10 +79,10 @@ class Pipelines(Performer):
             value, negative, known = _unwrap(made)
             if found is not None:
                 try:
-                    if known:
+                    if known and not cuts:
                         run(self._engine.store_value(found, value, negative=negative), self._perform)
                     else:
-                        run(self._engine.give_up(found, _UNKNOWN), self._perform)
+                        run(self._engine.give_up(found, _CUT if cuts else _UNKNOWN), self._perform)
                 except Exception as exc:  # as above
                     swallow("update", exc)
             return value
@@ -99,7 +100,7 @@ class Pipelines(Performer):
     ) -> Any:
         """Like `get_or_generate`; `generate` may be a coroutine function, else it runs in a thread."""
         _check(question, generate, pipeline, version)
-        with aegis_scope(sources=sources, task=task, ttl_s=ttl_s):
+        with aegis_scope(sources=sources, task=task, ttl_s=ttl_s), noting_cuts() as cuts:
             found = None
             try:
                 found, hit = await arun(self._engine.lookup_value(question, pipeline, version), self._aperform)
@@ -118,10 +119,10 @@ class Pipelines(Performer):
             value, negative, known = _unwrap(made)
             if found is not None:
                 try:
-                    if known:
+                    if known and not cuts:
                         await arun(self._engine.store_value(found, value, negative=negative), self._aperform)
                     else:
-                        await arun(self._engine.give_up(found, _UNKNOWN), self._aperform)
+                        await arun(self._engine.give_up(found, _CUT if cuts else _UNKNOWN), self._aperform)
                 except Exception as exc:  # as in `get_or_generate`
                     swallow("update", exc)
             return value

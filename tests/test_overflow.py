@@ -263,6 +263,18 @@ def test_the_semantic_cache_keeps_no_cut_answer(server, way, redis_url):
         cache.close()
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_pipeline_over_a_cut_answer_is_not_kept(server, way, redis_url, wrapped):
+    """Its value is a plain text, which cannot say so; also through a wrapper that shares calls."""
+    model = ChatAegis("m", base_url=server.base_url, on_overflow="warn", temperature=0)
+    model = BatchingChatModel(model) if wrapped else model
+    with AegisSemanticCache(redis_url, namespace=f"cutp{way}{wrapped}", op_budget_s=5) as cache:
+        for prompt, kept in ((TOO_LONG, 0), ("What is it?", 1)):
+            cache.get_or_generate("What is it?", lambda prompt=prompt: ask(model, way, prompt).text, pipeline="p")
+            assert cache.health().entries == kept
+        assert cache.stats().not_stored["part_of_prompt"] == 1
+
+
 async def test_streams_of_events_carry_the_mark(server, cache):
     """Both versions; and what LangChain makes of them is not cached."""
     model = ChatAegis("m", base_url=server.base_url, on_overflow="warn", temperature=0)
