@@ -22,6 +22,7 @@ from langchain_aegis.ollama.findings import Finding, exit_code, render_codes
 from langchain_aegis.ollama.findings import codes as codes_of_table
 from langchain_aegis.ollama.knowledge import knowledge
 from langchain_aegis.ollama.redis_checks import judge_redis
+from langchain_aegis.ollama.repair import repair
 from langchain_aegis.ollama.server_checks import Told, judge_loaded, judge_quantisation, judge_version, judge_window
 from langchain_aegis.settings import AegisSettings
 
@@ -287,18 +288,21 @@ def test_what_is_no_compose_file_is_one_error(tmp_path, text):
 
 
 @given(st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8)
+    | st.sampled_from(["11434:11434", "OLLAMA_NUM_CTX=1", "a.conf", "./x:/a.conf", "curl x", "host", "${A:-"]),
     lambda inner: st.lists(inner, max_size=3)
     | st.dictionaries(st.sampled_from(
         ["image", "environment", "ports", "healthcheck", "test", "env_file", "deploy", "resources", "security_opt",
-         "command", "OLLAMA_NUM_CTX", "target", "host_ip"]), inner, max_size=4),
+         "command", "entrypoint", "volumes", "source", "extends", "network_mode", "privileged", "OLLAMA_NUM_CTX",
+         "OLLAMA_HOST", "target", "published", "host_ip"]), inner, max_size=4),
     max_leaves=12,
-))  # fmt: skip
-def test_no_service_breaks_the_doctor(tmp_path_factory, service):
-    """Whatever stands in a service: findings, never a traceback."""
+), st.sampled_from(["ollama", "redis"]))  # fmt: skip
+def test_no_service_breaks_the_doctor(tmp_path_factory, service, name):
+    """Whatever stands in a service: findings, never a traceback, and what can be corrected can be read again."""
     path = tmp_path_factory.mktemp("compose") / "c.yml"
-    path.write_text(json.dumps({"services": {"ollama": service}}))
-    list(check_compose(path, {}))
+    path.write_text(json.dumps({"services": {name: service}}))
+    for done in repair(list(check_compose(path, {}))):
+        assert not {f.code for f in check_compose(done.written, {})} & {"compose-unreadable"}
 
 
 def test_files_that_are_not_there_are_errors(tmp_path):

@@ -30,6 +30,7 @@ _OPERATORS = {
     "fi",
 }
 _WRAPPERS = {"exec", "timeout", "env", "sh", "bash", "ash", "nohup", "nice", "time", "eval", "command", "gosu"}
+_BLANK = re.compile(r"[ \t\r\n]")  # what shlex splits at
 _INSTALLS = re.compile(r"\b(apt(-get)?|apk|dnf|yum|microdnf)\b.*\b(install|add)\b")
 
 
@@ -96,12 +97,12 @@ def of_words(words: Sequence[str], text: str = "") -> Command:
             expected = True
         elif word == "for":
             loop, expected = True, False
-        elif expected and not loop and not re.match(r"-|\d|[A-Za-z_]\w*=|[<>$]", word) and not re.search(r"\s", word):
+        elif expected and not loop and not re.match(r"-|\d|[A-Za-z_]\w*=|[<>$]", word) and not _BLANK.search(word):
             programs.append(word.rpartition("/")[2])
             expected = programs[-1] in _WRAPPERS
         if word == ";":
             loop = False
-    for script in (word for word in words if re.search(r"\s", word)):  # sh -c '...'
+    for script in (word for word in words if _BLANK.search(word)):  # sh -c '...'
         inner = of_text(script)
         all_words += inner.words
         programs += inner.programs

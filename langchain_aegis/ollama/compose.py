@@ -10,7 +10,7 @@ from typing import Any
 
 from langchain_aegis.ollama.commands import of_health_check, of_service
 from langchain_aegis.ollama.compose_file import ComposeFile, NoComposeFileError, merged, read_compose
-from langchain_aegis.ollama.env_files import Variable, read_env_file, read_variables
+from langchain_aegis.ollama.env_files import Variable, identity, read_variables
 from langchain_aegis.ollama.environment import check_repeated, check_variables
 from langchain_aegis.ollama.findings import Finding, Severity
 from langchain_aegis.ollama.knowledge import bare, knowledge, version_tuple
@@ -185,7 +185,7 @@ def _check_environment(service: Service, project: Project) -> Iterator[Finding]:
     variables: dict[str, Variable] = {}
     for file, needed in service.env_files:
         path = service.file.parent / file
-        project.env_files.add(path.resolve())
+        project.env_files.add(identity(path))
         try:
             repeated = read_variables(path)
         except (OSError, UnicodeDecodeError):
@@ -391,6 +391,3 @@ def _check_hardening(service: Service) -> Iterator[Finding]:
             code="not-hardened", severity="info", where=service.where(None), what=f"missing: {', '.join(missing)}",
             why="A flaw in the server reaches further than it must.", fix="See docker-compose.dgx-spark.yml.",
         )  # fmt: skip
-
-
-__all__ = ["Project", "check_compose", "check_project", "read_env_file"]

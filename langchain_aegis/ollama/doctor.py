@@ -13,7 +13,7 @@ from pathlib import Path
 from langchain_aegis.attempts import Timeouts
 from langchain_aegis.client import OllamaClient
 from langchain_aegis.ollama.compose import check_project
-from langchain_aegis.ollama.env_files import Variable, read_variables
+from langchain_aegis.ollama.env_files import Variable, identity, read_variables
 from langchain_aegis.ollama.environment import check_repeated, check_variables, only_server
 from langchain_aegis.ollama.findings import Finding
 from langchain_aegis.ollama.knowledge import bare
@@ -73,7 +73,7 @@ def read_files(compose: Sequence[Path], env_files: Sequence[Path]) -> Files:
             files.findings.append(_unreadable(path, exc))
     project = check_project(there, filled)
     for path, variables in read:
-        if path.resolve() not in project.env_files:
+        if identity(path) not in project.env_files:
             files.findings += check_repeated(variables)
             names = {name for name, _ in variables}
             own = only_server(names) and not names & project.uses

@@ -46,7 +46,19 @@ def read_env_file(path: Path) -> dict[str, Variable]:
 
 def read_text(path: Path) -> str:
     """Return a file's text with its own line ends. Raises as `read_variables`."""
-    return path.read_bytes().decode("utf-8-sig")
+    try:
+        content = path.read_bytes()
+    except ValueError as exc:  # a name that no file can have
+        raise OSError(str(exc)) from exc
+    return content.decode("utf-8-sig")
+
+
+def identity(path: Path) -> Path:
+    """Return one path for all ways to write it, as far as it can be resolved."""
+    try:
+        return path.resolve()
+    except (OSError, ValueError, RuntimeError):
+        return path.absolute()
 
 
 def _of_env(path: Path, text: str) -> Iterator[tuple[str, Variable]]:

@@ -113,7 +113,7 @@ def _mounted(word: str, service: Service) -> Path | None:
             target = rest.partition(":")[0]
         if not source.startswith((".", "/", "~")) or not target:
             continue
-        path = (service.file.parent / source).expanduser()
+        path = service.file.parent / (source.replace("~", str(Path.home()), 1) if source.startswith("~/") else source)
         if target.rpartition("/")[2] == name:
             return path
         if word.startswith(target.rstrip("/") + "/"):
