@@ -84,8 +84,9 @@ def _emptied(text: str) -> dict[tuple[str, ...], int]:
             return
         for key, value in node.value:
             here = (*path, str(key.value))
-            if isinstance(value, yaml.ScalarNode) and value.value == "" and value.style is None:
-                found[here] = text.index(":", key.end_mark.index) + 1
+            colon = re.compile(r"[ \t]*:").match(text, key.end_mark.index)
+            if colon and isinstance(value, yaml.ScalarNode) and value.value == "" and value.style is None:
+                found[here] = colon.end()
             visit(value, here)
 
     visit(yaml.compose(text, Loader=yaml.SafeLoader), ())
