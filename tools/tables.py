@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from langchain_aegis.ollama.findings import render_codes
 from langchain_aegis.ollama.knowledge import knowledge
 from langchain_aegis.ollama.machine import host_of
 from langchain_aegis.ollama.plan import GB, Layout, kv_bytes
@@ -29,7 +30,7 @@ from langchain_aegis.ollama.plan_table import quality_of
 from langchain_aegis.tuning import tunings
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDES = ("docs/tuning.md", "docs/quantization.md", "docs/dgx-spark.md")
+GUIDES = ("docs/tuning.md", "docs/quantization.md", "docs/dgx-spark.md", "docs/doctor.md")
 _PLACE = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n)(.*?)(<!-- end -->)", re.S)
 
 
@@ -143,6 +144,7 @@ def fitting() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "settings": settings, "tunings": tuned, "reasons": reasons, "quantisations": quantised, "why": why,
     "quality": levels, "kv-cache": kv_cache, "measured": measured, "fitting": fitting,
+    "doctor": render_codes,
 }  # fmt: skip
 
 
