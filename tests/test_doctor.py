@@ -123,7 +123,7 @@ def test_names_of_the_application_are_fine_in_an_env_file_and_useless_in_the_ser
         "OLLAMA_BASE_URL": "http://x",
         "OLLAMA_MODEL_GENERATION": "y",
         "OLLAMA_TIMEOUT": "60",
-        "OLLAMA_MYAPP": "1",
+        "OLLAMA_MODEL_QUERY": "1",
     }
     assert not codes(of_environment(server_only=False, **values), "warning", "error")
     assert len(of_environment(**values)) == 4
@@ -360,12 +360,14 @@ def test_the_modelfiles_own_window_is_known():
         ({"maxmemory": 2**30, "maxmemory_policy": "noeviction"}, [], {"redis-eviction"}),
         ({"maxmemory": 2**30, "maxmemory_policy": "allkeys-lru"}, [], {"redis-eviction"}),
         ({"maxmemory": 2**30, "maxmemory_policy": "volatile-lru"}, None, {"redis-search"}),
+        ({"maxmemory": 2**30, "maxmemory_policy": "volatile-lru", "evicted_keys": 7}, [], set()),
         ({}, [], set()),
     ],
 )
 def test_redis_is_judged_by_search_memory_and_eviction(memory, indexes, wrong):
     findings = list(judge_redis("w", {"redis_version": "8.2.3"}, memory, indexes, "aegis"))
     assert codes(findings, "warning", "error") == wrong
+    assert ("redis-eviction" in codes(findings, "info")) == ("evicted_keys" in memory)
     if indexes and memory:
         assert "1 index of namespace aegis" in findings[0].what
 

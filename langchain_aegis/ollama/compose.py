@@ -11,7 +11,7 @@ from typing import Any
 from langchain_aegis.ollama.commands import of_health_check, of_service
 from langchain_aegis.ollama.compose_file import ComposeFile, NoComposeFileError, merged, read_compose
 from langchain_aegis.ollama.env_files import Variable, identity, read_variables
-from langchain_aegis.ollama.environment import check_repeated, check_variables
+from langchain_aegis.ollama.environment import check_repeated, check_variables, only_server
 from langchain_aegis.ollama.findings import Finding, Severity
 from langchain_aegis.ollama.knowledge import bare, knowledge, version_tuple
 from langchain_aegis.ollama.places import Edit, Place, Text
@@ -182,6 +182,7 @@ def _check_version(version: str, where: str) -> Iterator[Finding]:
 
 
 def _check_environment(service: Service, project: Project) -> Iterator[Finding]:
+    table = knowledge()
     variables: dict[str, Variable] = {}
     for file, needed in service.env_files:
         path = service.file.parent / file
@@ -197,7 +198,11 @@ def _check_environment(service: Service, project: Project) -> Iterator[Finding]:
                 )  # fmt: skip
             continue
         yield from check_repeated(repeated)
-        variables |= {name: v for name, v in repeated if name.startswith(("OLLAMA_", "LLAMA_ARG_"))}
+        shared = not only_server({name for name, _ in repeated})  # an application reads it too
+        variables |= {
+            name: v for name, v in repeated
+            if name.startswith(("OLLAMA_", "LLAMA_ARG_")) and not (shared and table.of_application(name))
+        }  # fmt: skip
     for item in as_list(service.data.get("environment")):
         if isinstance(item, Mapping) or (isinstance(item, Text) and "=" not in item and ":" in item):
             key = next(iter(item), None) if isinstance(item, Mapping) else item

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 
 from langchain_aegis.ollama.env_files import Variable
-from langchain_aegis.ollama.findings import Finding, Severity
+from langchain_aegis.ollama.findings import Finding
 from langchain_aegis.ollama.knowledge import ServerSetting, bare, knowledge, version_tuple
 from langchain_aegis.ollama.places import Edit
 
@@ -36,7 +36,7 @@ def check_variables(
     """
     judge = _Judge(variables, server_only, version)
     for name, variable in variables.items():
-        if name not in elsewhere and (server_only or name not in judge.table.application):
+        if name not in elsewhere and (server_only or not judge.table.of_application(name)):
             yield from judge.one(name, variable)
     if not set(elsewhere) >= set(variables):
         yield from judge.together()
@@ -45,7 +45,7 @@ def check_variables(
 def only_server(variables: Collection[str]) -> bool:
     """Say whether an env file is the server's alone: it holds its settings, and nothing for an application."""
     table = knowledge()
-    ours = all(name.startswith(_SERVERS) and name not in table.application for name in variables)
+    ours = all(name.startswith(_SERVERS) and not table.of_application(name) for name in variables)
     return ours and any(table.setting(name).status == "read" for name in variables if name != "OLLAMA_HOST")
 
 
@@ -126,9 +126,8 @@ class _Judge:
                 return
             near = meant.rename or meant.name
         where = self.table.setting(near) if near else None
-        severity: Severity = "warning" if self.server_only or near else "info"
         yield Finding(
-            code="setting-misspelt" if near else "setting-unknown", severity=severity, where=variable.where,
+            code="setting-misspelt" if near else "setting-unknown", severity="warning", where=variable.where,
             what=f"{name} is no setting of an Ollama server that is known to us (0.5 to 0.33)",
             why="The server does not read it." if self.server_only else "If it is meant for the server: it does not "
             "read it.",

@@ -212,6 +212,7 @@ class Knowledge:
         contradictions: Settings that do not go together.
         one_slot: Family of models that gets one slot whatever is set -> first release that does so.
         application: Names that applications use for themselves.
+        application_words: Words by which other names of applications are recognised.
         image: "ollama", "redis" -> what its image holds.
     """
 
@@ -223,6 +224,7 @@ class Knowledge:
     contradictions: tuple[Contradiction, ...]
     one_slot: Mapping[str, str]
     application: frozenset[str]
+    application_words: frozenset[str]
     image: Mapping[str, Image]
 
     def setting(self, name: str, version: str | None = None) -> Standing:
@@ -256,6 +258,13 @@ class Knowledge:
             if since and (version is None or version_tuple(version) >= version_tuple(since)):
                 return family
         return None
+
+    def of_application(self, name: str) -> bool:
+        """Say whether a name is probably an application's own, where an application reads the file too."""
+        if name in self.application:
+            return True
+        likely = bool(self.application_words & set(name.upper().split("_")))
+        return likely and name not in self.server and self.nearest(name) is None
 
     def nearest(self, name: str) -> str | None:
         """Return the setting that `name` is probably a misspelling of; None for a name that applications use."""
@@ -312,6 +321,7 @@ def knowledge() -> Knowledge:
         contradictions=tuple(Contradiction(**_row(row)) for row in contradictions["contradiction"]),
         one_slot=contradictions["one_slot"]["families"],
         application=frozenset(settings["application"]["names"]),
+        application_words=frozenset(settings["application"]["words"]),
         image={name: Image(**_row(row)) for name, row in settings["image"].items()},
     )
 

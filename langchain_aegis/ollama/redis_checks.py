@@ -32,7 +32,7 @@ def check_redis_server(settings: AegisSettings) -> Iterator[Finding]:
     try:
         client.ping()
         server = _info(client, "server")
-        memory = _info(client, "memory")
+        memory = _info(client, "memory") | _info(client, "stats")
         try:
             indexes: list[str] | None = client.execute_command("FT._LIST")
         except NoPermissionError:
@@ -63,7 +63,15 @@ def check_redis_server(settings: AegisSettings) -> Iterator[Finding]:
 def judge_redis(
     where: str, server: Mapping[str, Any], memory: Mapping[str, Any], indexes: list[str] | None, namespace: str
 ) -> Iterator[Finding]:
-    """Judge what INFO and FT._LIST said; `indexes` is None where there is no search."""
+    """Judge what INFO and FT._LIST said.
+
+    Args:
+        where: The server's address, without a login.
+        server: INFO server.
+        memory: INFO memory and INFO stats; empty if this user may not ask.
+        indexes: Names of the search indexes; None where there is no search.
+        namespace: First part of our own.
+    """
     version = server.get("valkey_version") or server.get("redis_version") or "of an unknown version"
     name = f"{'Valkey' if 'valkey_version' in server else 'Redis'} {version}"
     bound = int(memory.get("maxmemory") or 0)
@@ -106,6 +114,12 @@ def judge_redis(
             code="redis-eviction", severity="warning", where=where,
             what=f"Redis may evict what has no TTL (maxmemory-policy {policy})", why=EVICTS,
             fix="CONFIG SET maxmemory-policy volatile-lru",
+        )  # fmt: skip
+    elif bound and (evicted := int(memory.get("evicted_keys") or 0)):
+        yield Finding(
+            code="redis-eviction", severity="info", where=where,
+            what=f"{evicted} entries were evicted since it started",
+            why="Answers go before their time, and are generated again.", fix="CONFIG SET maxmemory to more.",
         )  # fmt: skip
 
 
