@@ -205,6 +205,9 @@ def test_the_bar_is_kept(report):
     assert cost.median <= 1 / 8
     (faster,) = values(report, name="times_faster", way="cached", callers=1)
     assert faster.median >= 5  # of an answer of 4 tokens
+    told = report["summary"]
+    assert told["client_cpu_ratio"] == pytest.approx(cost.median, abs=1e-4)
+    assert (told["repeat_hit_share"], told["new_hit_share"], told["wrong_answers"]) == (1, 0, 0)
     kinds = report["answered"]["kinds"]
     assert kinds["repeat"]["exact"] == kinds["repeat"]["asked"] == 20
     assert kinds["new"]["exact"] + kinds["new"]["semantic"] == 0

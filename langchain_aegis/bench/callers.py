@@ -40,7 +40,7 @@ class Prompts:
     """Prompts that the server has never seen, so that none is faster because of the one before it.
 
     Args:
-        questions: What they ask, drawn at random.
+        questions: What they ask.
         seed: Decides about everything.
     """
 
@@ -48,11 +48,13 @@ class Prompts:
         self._questions = questions
         self._draw = random.Random(seed)
 
-    def fresh(self, count: int) -> list[str]:
-        """Return `count` of them; they differ from their first word on."""
-        return [
-            f"{''.join(self._draw.choices(_LETTERS, k=6))}: {self._draw.choice(self._questions)}" for _ in range(count)
-        ]
+    def questions(self, count: int) -> list[str]:
+        """Draw so many questions."""
+        return self._draw.choices(self._questions, k=count)
+
+    def fresh(self, questions: Sequence[str]) -> list[str]:
+        """Return a prompt for each question that differs from all others from its first word on."""
+        return [f"{''.join(self._draw.choices(_LETTERS, k=6))}: {question}" for question in questions]
 
 
 def models(model: str, base_url: str, tokens: int, cache: BaseCache) -> dict[str, BaseChatModel]:
@@ -83,17 +85,18 @@ async def measure(
     """
     figures, burst = Figures("callers"), Figures("burst")
     for name in ("ChatOllama", "ChatAegis", "batched"):  # connections are opened, the model is loaded
-        await _answer(ways[name], prompts.fresh(1)[0])
+        await _answer(ways[name], prompts.fresh(prompts.questions(1))[0])
     kept = await _keep(ways["cached"], prompts)
     for number in range(rounds):
         say(f"  round {number + 1} of {rounds}")
         for callers in levels:
             turn = WAYS[number % len(WAYS) :] + WAYS[: number % len(WAYS)]  # none always comes first
+            questions = [prompts.questions(max(1, 2 // callers)) for _ in range(callers)]  # the same for all ways
             for name in turn:
-                each = _CACHED_EACH if name == "cached" else max(1, 2 // callers)
-                asked = [
-                    kept * (each // len(kept)) if name == "cached" else prompts.fresh(each) for _ in range(callers)
-                ]
+                if name == "cached":
+                    asked = [kept * (_CACHED_EACH // len(kept))] * callers
+                else:
+                    asked = [prompts.fresh(of_one) for of_one in questions]
                 _note(figures, name, callers, *await _level(ways[name], asked))
             for name in ("latency_p50", "throughput"):
                 figures.ratio(name, "ChatAegis", "ChatOllama", callers=callers)
@@ -106,7 +109,7 @@ async def measure(
 
 async def _keep(model: BaseChatModel, prompts: Prompts) -> list[str]:
     """Return prompts whose answers are in the cache."""
-    asked = prompts.fresh(_CACHED_PROMPTS)
+    asked = prompts.fresh(prompts.questions(_CACHED_PROMPTS))
     for prompt in asked:
         await _answer(model, prompt)
     kept = [prompt for prompt in asked if (await _answer(model, prompt)).cached]
@@ -117,8 +120,9 @@ async def _keep(model: BaseChatModel, prompts: Prompts) -> list[str]:
 
 async def _burst(figures: Figures, ways: dict[str, BaseChatModel], prompts: Prompts, turn: Sequence[str]) -> None:
     """Let 16 callers ask at once, but only four questions: who merges asks the model four times."""
+    questions = prompts.questions(BURST_QUESTIONS)
     for name in turn:
-        asked = prompts.fresh(BURST_QUESTIONS) * (BURST_CALLERS // BURST_QUESTIONS)
+        asked = prompts.fresh(questions) * (BURST_CALLERS // BURST_QUESTIONS)
         answers, took_s = await _level(ways[name], [[prompt] for prompt in asked])
         figures.add("throughput", name, len(answers) / took_s, "answers/s", "higher", callers=BURST_CALLERS)
     figures.ratio("throughput", "batched", "ChatAegis", callers=BURST_CALLERS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from langchain_aegis.bench import client_cost
 from langchain_aegis.bench.figures import Figure, find, share_text
@@ -93,6 +94,26 @@ def _side(figure: Figure, *, at_least: float | None = None, at_most: float | Non
     if at_most is not None:
         return True if figure.high <= at_most else False if figure.low > at_most else None
     return None
+
+
+def summary(figures: Sequence[Figure], counts: Counts | None) -> dict[str, float]:
+    """Return the few numbers that a script wants to watch; those that were not measured are left out.
+
+    Shares are in [0, 1], ratios medians of the rounds: their ranges stand with the figures.
+    """
+    watched: dict[str, dict[str, Any]] = {
+        "client_cpu_ratio": {"workload": "client", "name": "cpu_invoke", "over": "ChatOllama"},
+        "cached_times_faster": {"workload": "callers", "name": "times_faster", "callers": 1},
+        "burst_throughput_ratio": {"workload": "burst", "over": "ChatAegis"},
+        "rag_times_faster": {"workload": "rag", "name": "times_faster"},
+    }
+    told = {name: f.median for name, wanted in watched.items() for f in find(figures, **wanted)}
+    if counts is not None:
+        asked = {kind: counts.of(kind) for kind in counts.kinds}
+        told |= {f"{kind}_hit_share": tally.hits / tally.asked for kind, tally in asked.items() if kind != "first"}
+        mix = counts.of("repeat", "paraphrase", "new", "own")
+        told |= {"hit_share": mix.hits / mix.asked, "wrong_answers": len(counts.wrong)}
+    return {name: round(value, 4) for name, value in told.items()}
 
 
 def as_text(claim: Claim) -> str:

@@ -124,6 +124,7 @@ def run_bench(
             "questions": len(run.counted.traffic),
         },
         "noise": machine.noise(run.spins),
+        "summary": claims.summary(run.figures, run.counts),
         "figures": [figure.as_dict() for figure in run.figures],
         "answered": run.counts.as_dict() if run.counts else None,
         "claims": [asdict(claim) for claim in found],
