@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from langchain_aegis.bench.figures import MIN_ROUNDS, Figure, number
+from langchain_aegis.bench.figures import MIN_ROUNDS, Figure, apart, number
 from langchain_aegis.bench.run import FORMAT
 from langchain_aegis.bench.words import KINDS, NAMES
 from langchain_aegis.calibration import Share
@@ -73,8 +73,8 @@ def read_report(path: Path) -> dict[str, Any]:
 def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> Comparison:
     """Compare two reports.
 
-    A difference is called one only if the ranges of both do not touch, there were at least three rounds in each, and
-    it is larger than what the machine's own noise makes of the same computation. Multiples that were measured in the
+    A difference is called one only if the gap between both ranges is wider than either of them, there were at least
+    three rounds in each, and it is larger than the machine's own noise. Multiples that were measured in the
     same rounds do not depend on the machine's speed; for them the noise is in their ranges already.
     """
     noise = 1 + max(float(report["noise"]["spread"]) for report in (first, second))
@@ -91,7 +91,9 @@ def _change(before: Figure, after: Figure, noise: float) -> Change:
     rounds = min(len(before.values), len(after.values))
     if rounds < MIN_ROUNDS:
         verdict = f"too few rounds ({rounds})"
-    elif low <= 1 <= high or (not before.over and 1 / noise <= middle <= noise):
+    elif not apart(before.low, before.high, after.low, after.high) or (
+        not before.over and 1 / noise <= middle <= noise
+    ):
         verdict = WITHIN
     else:
         verdict = "better" if (middle > 1) == (after.better == "higher") else "worse"
@@ -135,10 +137,10 @@ def _count(row: Mapping[str, int], what: str) -> int:
 
 
 def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[str]:
-    for part, apart in _NOT_COMPARED.items():
+    for part, left_out in _NOT_COMPARED.items():
         for name in dict.fromkeys((*first[part], *second[part])):
             one, other = first[part].get(name), second[part].get(name)
-            if one != other and name not in apart:
+            if one != other and name not in left_out:
                 yield f"{part}: {name.replace('_', ' ')} was {_shown(one)}, is {_shown(other)}"
     if first["package"] != second["package"]:
         yield f"package: was {first['package']}, is {second['package']}"

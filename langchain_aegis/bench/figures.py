@@ -61,8 +61,11 @@ class Figure:
 
     @property
     def differs(self) -> bool:
-        """Whether a multiple is one: in each of at least three rounds on the same side of 1."""
-        return len(self.values) >= MIN_ROUNDS and (self.low > 1 or self.high < 1)
+        """Whether a multiple is one: the round that is nearest to 1 is further from it than the rounds are apart.
+
+        That all rounds lie on the same side is not enough: of three rounds that differ by chance alone, a quarter do.
+        """
+        return len(self.values) >= MIN_ROUNDS and apart(1.0, 1.0, self.low, self.high)
 
     def __str__(self) -> str:
         return f"{number(self.median)} ({number(self.low)} to {number(self.high)}) {self.unit}"
@@ -143,6 +146,14 @@ class Figures:
                    values=tuple(values))
             for (name, way, over, unit, better, callers), values in self._values.items()
         ]  # fmt: skip
+
+
+def apart(low: float, high: float, other_low: float, other_high: float) -> bool:
+    """Say whether the gap between two ranges is wider than either; as ratios, so that 1/2 is as far from 1 as 2."""
+    if min(low, other_low) <= 0:
+        return False
+    gap = max(other_low / high, low / other_high)
+    return gap > max(high / low, other_high / other_low)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

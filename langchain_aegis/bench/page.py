@@ -27,8 +27,8 @@ _CLASSES = {
     "within the noise": "none",
 }  # fmt: skip
 _READING = (
-    "Every figure is the median of interleaved rounds, with the smallest and the largest round in brackets. A "
-    "difference is called one only where every round lies on the same side; everything else is within the noise."
+    "Every figure is the median of interleaved rounds, with the smallest and the largest round in brackets. A ratio "
+    "is called a difference only where its rounds are further from 1 than from each other; the rest is noise."
 )
 
 
