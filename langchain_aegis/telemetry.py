@@ -15,7 +15,8 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
+from types import TracebackType
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, Self, TypeVar
 from urllib.parse import urlsplit
 
 from langchain_aegis.counts import Distribution, Histogram
@@ -149,9 +150,9 @@ chats = Chats()
 
 
 class _Call:
-    """One call under way."""
+    """One call under way; `last` is the part of its answer that came last."""
 
-    __slots__ = ("begun", "body", "first_s", "model", "server", "span")
+    __slots__ = ("begun", "body", "first_s", "last", "model", "server", "span")
 
     def __init__(self, client: Addressed, body: Body) -> None:
         self.server = client.base_url
@@ -159,26 +160,29 @@ class _Call:
         self.model = normalise_model(str(body.get("model")))
         self.span = _recording_span()
         self.first_s: float | None = None
+        self.last: Part | None = None
         self.begun = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        whole = self.last is not None and self.last.get("done") is True
+        if exc is None or whole:  # who leaves after the end has had all of it
+            chats.count(self, "ok", self.first_s, time.perf_counter() - self.begun, self.last or {})
+            error = ""
+        else:
+            left = isinstance(exc, GeneratorExit | asyncio.CancelledError)
+            error = "" if left else type(exc).__name__
+            outcome = "left" if left else error if isinstance(exc, AegisError) else "other"
+            chats.count(self, outcome, self.first_s, 0.0, None)
+        if self.span is not None:
+            _describe(self.span, self, error, self.last if exc is None or whole else None)
 
     def first(self) -> None:
         self.first_s = time.perf_counter() - self.begun
-
-    def ended(self, last: Part) -> None:
-        chats.count(self, "ok", self.first_s, time.perf_counter() - self.begun, last)
-        if self.span is not None:
-            _describe(self.span, self, last)
-
-    def broke(self, exc: BaseException, last: Part | None = None) -> None:
-        """Take note of how a call ended early; one whose answer was whole has ended."""
-        if last is not None and last.get("done") is True:
-            self.ended(last)
-            return
-        left = isinstance(exc, GeneratorExit | asyncio.CancelledError)
-        outcome = "left" if left else type(exc).__name__ if isinstance(exc, AegisError) else "other"
-        chats.count(self, outcome, self.first_s, 0.0, None)
-        if self.span is not None:
-            _describe(self.span, self, None, error="" if left else type(exc).__name__)
 
 
 def counted(chat: Callable[Concatenate[S, Body, P], Part]) -> Callable[Concatenate[S, Body, P], Part]:
@@ -186,14 +190,9 @@ def counted(chat: Callable[Concatenate[S, Body, P], Part]) -> Callable[Concatena
 
     @functools.wraps(chat)
     def watched(self: S, body: Body, /, *args: P.args, **kwargs: P.kwargs) -> Part:
-        call = _Call(self, body)
-        try:
-            answer = chat(self, body, *args, **kwargs)
-        except BaseException as exc:
-            call.broke(exc)
-            raise
-        call.ended(answer)
-        return answer
+        with _Call(self, body) as call:
+            call.last = answer = chat(self, body, *args, **kwargs)
+            return answer
 
     return watched
 
@@ -205,14 +204,9 @@ def acounted(
 
     @functools.wraps(chat)
     async def watched(self: S, body: Body, /, *args: P.args, **kwargs: P.kwargs) -> Part:
-        call = _Call(self, body)
-        try:
-            answer = await chat(self, body, *args, **kwargs)
-        except BaseException as exc:
-            call.broke(exc)
-            raise
-        call.ended(answer)
-        return answer
+        with _Call(self, body) as call:
+            call.last = answer = await chat(self, body, *args, **kwargs)
+            return answer
 
     return watched
 
@@ -224,18 +218,12 @@ def counted_stream(
 
     @functools.wraps(chat)
     def watched(self: S, body: Body, /, *args: P.args, **kwargs: P.kwargs) -> Generator[Part, None, None]:
-        call, last = _Call(self, body), None
-        try:
-            with contextlib.closing(chat(self, body, *args, **kwargs)) as parts:
-                for part in parts:
-                    if last is None:
-                        call.first()
-                    last = part
-                    yield part
-        except BaseException as exc:
-            call.broke(exc, last)
-            raise
-        call.ended(last or {})
+        with _Call(self, body) as call, contextlib.closing(chat(self, body, *args, **kwargs)) as parts:
+            for part in parts:
+                if call.last is None:
+                    call.first()
+                call.last = part
+                yield part
 
     return watched
 
@@ -247,18 +235,13 @@ def acounted_stream(
 
     @functools.wraps(chat)
     async def watched(self: S, body: Body, /, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[Part, None]:
-        call, last = _Call(self, body), None
-        try:
+        with _Call(self, body) as call:
             async with contextlib.aclosing(chat(self, body, *args, **kwargs)) as parts:
                 async for part in parts:
-                    if last is None:
+                    if call.last is None:
                         call.first()
-                    last = part
+                    call.last = part
                     yield part
-        except BaseException as exc:
-            call.broke(exc, last)
-            raise
-        call.ended(last or {})
 
     return watched
 
@@ -291,7 +274,7 @@ def _recording_span() -> Any:
     return span if span.is_recording() else None
 
 
-def _describe(span: Any, call: _Call, last: Part | None, *, error: str = "") -> None:
+def _describe(span: Any, call: _Call, error: str, last: Part | None) -> None:
     at = urlsplit(call.server)
     options = call.body.get("options") or {}
     told: dict[str, Any] = {
