@@ -5,6 +5,7 @@ Imports of the library stand inside the commands, so that `aegis --help` starts 
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -57,8 +58,11 @@ def bench(
     from langchain_aegis.bench.run import QUICK, Plan, Servers, run_bench
     from langchain_aegis.bench.table import print_report
 
-    if png is not None:
-        check_pillow()  # before minutes are spent
+    if png is not None:  # all this before minutes are spent
+        check_pillow()
+    for file in (json, html):
+        if file is not None and str(file) != "-":
+            _check_can_be_written(file)
     told: dict[str, Any] = {
         "parts": tuple(part) if part else None, "callers": _numbers(callers), "tokens": tokens, "rounds": rounds,
         "seed": seed,
@@ -101,6 +105,13 @@ def compare(
     from langchain_aegis.bench.table import print_comparison
 
     print_comparison(found, Console(width=None if sys.stdout.isatty() else _WIDTH))
+
+
+def _check_can_be_written(file: Path) -> None:
+    from langchain_aegis.errors import AegisConfigError
+
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise AegisConfigError(f"{file} cannot be written: name a file in a directory that exists")
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:

@@ -531,6 +531,15 @@ def test_the_command_writes_what_it_is_told_to(tmp_path):
     assert [p.name for p in (tmp_path / "png").iterdir()] == ["client-cost.png"]
 
 
+@pytest.mark.parametrize("option", ["--json", "--html"])
+@pytest.mark.parametrize("place", ["absent/report", "."])
+def test_a_file_that_cannot_be_written_is_named_before_anything_is_measured(tmp_path, monkeypatch, option, place):
+    monkeypatch.setattr("langchain_aegis.bench.run.run_bench", None)
+    done = CliRunner().invoke(app, ["bench", option, str(tmp_path / place)])
+    assert isinstance(done.exception, AegisConfigError)
+    assert "cannot be written" in str(done.exception)
+
+
 def test_callers_that_are_no_numbers_are_refused():
     done = CliRunner().invoke(app, ["bench", "--callers", "one"])
     assert isinstance(done.exception, AegisConfigError)
