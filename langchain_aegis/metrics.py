@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -20,7 +21,7 @@ from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.metrics_admission import register_admission
 from langchain_aegis.metrics_chat import register_chat
-from langchain_aegis.metrics_server import register_server
+from langchain_aegis.metrics_server import ServerCollector, register_server
 from langchain_aegis.notices import warn_once
 from langchain_aegis.reasons import explain
 from langchain_aegis.results import CacheHealth, CacheStats
@@ -239,10 +240,16 @@ def register(cache: Observed, registry: Any = None, *, health: bool = True) -> C
     return made
 
 
+_shown: weakref.WeakKeyDictionary[Any, tuple[CacheCollector | None, ServerCollector | None]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
 def register_all(*caches: Observed, servers: Sequence[str] | None = None, registry: Any = None) -> None:
     """Show everything in a Prometheus registry: chat calls, admission, servers and caches.
 
-    What the registry shows already stays as it is, so this may be called again.
+    May be called again: what is new is shown, too. A cache or server that was registered by hand before is left as it
+    is, and so are all caches, or all servers.
 
     Args:
         caches: The caches to show.
@@ -254,20 +261,25 @@ def register_all(*caches: Observed, servers: Sequence[str] | None = None, regist
     """
     told = [AegisSettings.from_env().ollama_base_url] if servers is None else servers
     addresses = [normalise_base_url(address) for address in told]
-    with contextlib.suppress(AegisConfigError):  # what this says below: it is shown already
-        register_chat(registry)
+    target = REGISTRY if registry is None else registry
+    cached, served = _shown.get(target, (None, None))
+    with contextlib.suppress(AegisConfigError):  # which says, here and below, that it is shown already
+        register_chat(target)
     with contextlib.suppress(AegisConfigError):
-        register_admission(registry)
-    if addresses:
+        register_admission(target)
+    for address in addresses:
+        if served is not None:
+            served.add(address)
+            continue
         with contextlib.suppress(AegisConfigError):
-            shown = register_server(addresses[0], registry)
-            for address in addresses[1:]:
-                shown.add(address)
-    if caches:
+            served = register_server(address, target)
+    for cache in caches:
+        if cached is not None:
+            cached.add(cache)
+            continue
         with contextlib.suppress(AegisConfigError):
-            collected = register(caches[0], registry)
-            for cache in caches[1:]:
-                collected.add(cache)
+            cached = register(cache, target)
+    _shown[target] = cached, served
 
 
 def asgi_app(*caches: Observed, servers: Sequence[str] | None = None, registry: Any = None) -> Any:

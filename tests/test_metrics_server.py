@@ -1,6 +1,7 @@
 """Prometheus sees chat calls and servers; a server that is dead or slow holds up no scrape."""
 
 import asyncio
+import re
 import socket
 import threading
 import time
@@ -18,7 +19,7 @@ pytest.importorskip("prometheus_client", reason="the extra metrics is not instal
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from langchain_aegis.metrics import asgi_app, register_all
+from langchain_aegis.metrics import asgi_app, register, register_all
 from langchain_aegis.metrics_chat import register_chat
 from langchain_aegis.metrics_server import register_server
 
@@ -205,8 +206,28 @@ async def test_one_line_shows_everything_in_a_web_application(server):
     }
     assert up == {server.base_url: 1, "http://127.0.0.1:9": 0}
     assert ("aegis_cache_lookups_total", "aegis", "miss") in seen
-    register_all(cache, servers=[], registry=registry)  # again: stays as it is
-    assert (await get(app, "/metrics")).status_code == 200
+
+
+async def test_what_is_told_later_is_shown_too(server):
+    from test_metrics import Cache
+
+    registry = CollectorRegistry()
+    register_all(Cache("one"), servers=[server.base_url], registry=registry)
+    app = asgi_app(Cache("two"), servers=["http://127.0.0.1:9"], registry=registry)
+    await get(app)
+    await asyncio.to_thread(wait_until, lambda: not looks())
+    text = (await get(app)).text
+    assert set(re.findall(r'aegis_cache_stored_total\{namespace="(\w+)"\}', text)) == {"one", "two"}
+    assert set(re.findall(r'aegis_server_up\{server="([^"]+)"\}', text)) == {server.base_url, "http://127.0.0.1:9"}
+
+
+def test_what_was_registered_by_hand_stays():
+    from test_metrics import Cache
+
+    registry = CollectorRegistry()
+    register(Cache("by_hand"), registry)
+    register_all(Cache("other"), servers=[], registry=registry)
+    assert {key[1] for key in scrape(registry) if key[0] == "aegis_cache_stored_total"} == {"by_hand"}
 
 
 @pytest.mark.parametrize("servers", [["ftp://x"], ["http://"]])
