@@ -1,6 +1,6 @@
 """The flow of one request for vectors.
 
-Texts of about one length are sent together, and a text that is refused is found.
+A text that is refused is found, and fails nobody else.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from langchain_aegis.lanes import Wish
 
 Vector: TypeAlias = list[float]
 
-_REQUEST_CHARS = 4_000  # so much padding costs about as much as a request of its own
-_WORTH = 0.6  # two requests instead of one when they compute at most this share
 _HARMLESS = "a"  # what no embedder refuses, unless it refuses everything
 
 
@@ -50,19 +48,8 @@ def embed_wishes(wishes: Sequence[Wish[Vector]], keep: Keep | None = None) -> Fl
 
     Raises what is no text's fault: the server is away, slow, busy, or refuses everything.
     """
-    search = _Search(keep)
-    for group in by_length(sorted(wishes, key=lambda wish: len(wish.text))):
-        yield from search.embed(group, certain=False)
-
-
-def by_length(wishes: list[Wish[Vector]]) -> list[list[Wish[Vector]]]:
-    """Cut wishes, sorted by length, in two where padding them all to the longest would cost more than a request."""
-    lengths = [len(wish.text) for wish in wishes]
-    whole = len(lengths) * lengths[-1]
-    cost, at = min((i * lengths[i - 1] + (len(lengths) - i) * lengths[-1], i) for i in range(1, len(lengths) + 1))
-    if at == len(lengths) or cost > _WORTH * whole or cost + _REQUEST_CHARS > whole:
-        return [wishes]
-    return [wishes[:at], wishes[at:]]
+    # Sorted, because servers that compute a request in parts pad each part to its longest text.
+    yield from _Search(keep).embed(sorted(wishes, key=lambda wish: len(wish.text)), certain=False)
 
 
 class _Search:

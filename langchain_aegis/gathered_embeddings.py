@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 MAX_BATCH: Final = 64
 MAX_BATCH_CHARS: Final = 65_536
+_SPLIT_CHARS: Final = 8_000  # computing so much takes longer than a request costs
 _RECALLED_AT_ONCE: Final = 256
 _FRESH_S: Final = 30.0  # for so long a model is taken to be the same if nothing is asked of it
 
@@ -134,6 +135,7 @@ class GatheredEmbeddings:
         gathering = partial(
             Gathering[Vector], admission=admission, max_batch=max_batch, max_chars=max_chars, traits=traits,
             window_ms=window_ms,
+            split_chars=_SPLIT_CHARS,
         )  # fmt: skip
         self.max_batch = max_batch
         self.asked = gathering(embed_wishes)

@@ -57,6 +57,7 @@ class Gathering(Generic[V]):
         admission: Each request takes a slot of it; None: nothing bounds them.
         max_batch: Most texts of a request.
         max_chars: Most characters of a request's texts together; a longer text goes alone.
+        split_chars: With more than that to compute, two requests are under way, one of the shorter texts.
         traits: What the admission may know of a request.
         window_ms: How long others may overtake a request that waits for a slot; see `Admission.enter`.
     """
@@ -68,6 +69,7 @@ class Gathering(Generic[V]):
         admission: Slots | None = None,
         max_batch: int = 64,
         max_chars: float = math.inf,
+        split_chars: float = math.inf,
         traits: Traits = NO_TRAITS,
         window_ms: float = WINDOW_MS,
     ) -> None:
@@ -75,6 +77,7 @@ class Gathering(Generic[V]):
         self._admission = admission
         self.max_batch = max_batch
         self._max_chars = max_chars
+        self._split_chars = split_chars
         self._traits = traits
         self._window_ms = window_ms
         self.reset()
@@ -309,10 +312,25 @@ class Gathering(Generic[V]):
             flight.loaded = True
             flight.lane.empty -= 1
             flight.wishes = flight.lane.take(self.max_batch, self._max_chars)
+            rest: list[Wish[V]] = []
+            if len(flight.lane.flights) == 1 and not flight.lane.halved:
+                flight.wishes, rest = self._split(flight.wishes)
+                flight.lane.give_back(rest)
+            flight.lane.halved = bool(rest)
             for wish in flight.wishes:
                 wish.flight = flight
             self._next(flight.lane)  # what did not fit
             return flight.wishes
+
+    def _split(self, wishes: list[Wish[V]]) -> tuple[list[Wish[V]], list[Wish[V]]]:
+        """Cut what is much to compute in two: a server's other half is idle, and texts are padded to the longest."""
+        lengths = sorted(len(wish.text) for wish in wishes)
+        count = len(wishes)
+        if count < 2 or count * lengths[-1] < self._split_chars:
+            return wishes, []
+        at = min(range(1, count), key=lambda i: max(i * lengths[i - 1], (count - i) * lengths[-1]))
+        wishes = sorted(wishes, key=lambda wish: len(wish.text))
+        return wishes[:at], wishes[at:]
 
     def _land(self, flight: Flight[V], error: BaseException | None) -> None:
         """End a request; what has gathered meanwhile is the next one. Later calls do nothing."""
@@ -343,9 +361,8 @@ class Gathering(Generic[V]):
         with self._lock:
             flying = _FLYING if self._admission is None else self._admission.max_concurrency
             while lane.size and (
-                not lane.flights
-                or (len(lane.flights) < flying and lane.size >= (lane.empty + 1) * self.max_batch)
-            ):  # fmt: skip
+                not lane.flights or (len(lane.flights) < flying and self._is_much(lane, len(lane.flights)))
+            ):
                 try:
                     ticket = self._enter("queue")
                 except AegisError as exc:  # the admission was closed meanwhile
@@ -354,6 +371,12 @@ class Gathering(Generic[V]):
                     break
                 self._start(lane, ticket)
             self._drop(lane)
+
+    def _is_much(self, lane: Lane[V], flying: int) -> bool:
+        """Whether so much waits that one more request shall be under way."""
+        if lane.size >= (lane.empty + 1) * self.max_batch:
+            return True
+        return not lane.empty and flying < _FLYING and lane.chars >= self._split_chars / 2
 
     def _fail(self, lane: Lane[V], error: AegisError | Exception) -> None:
         for wish in lane.take(lane.size, math.inf):
@@ -378,7 +401,7 @@ class Gathering(Generic[V]):
                     if not any(other.seats and not other.landed for other in wish.flight.wishes):
                         wish.flight.stop()
                 else:
-                    lane.size -= 1
+                    lane.leave(wish)
                     if not lane.size:
                         for flight in lane.flights:
                             if not flight.loaded:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from langchain_aegis.errors import AegisDeadlineError
@@ -86,6 +87,8 @@ class Lane(Generic[V]):
         self.wishes: dict[str, Wish[V]] = {}  # waiting or under way, by text
         self.flights: set[Flight[V]] = set()
         self.size = 0  # wishes that wait
+        self.chars = 0  # of their texts
+        self.halved = False  # the last request left the other half to the next one
         self.empty = 0  # requests that have not chosen their texts yet
         self._pulse = Pulse(place) if place is not None else None
         self._waiting: tuple[deque[Wish[V]], deque[Wish[V]]] = deque(), deque()  # queries, documents
@@ -96,6 +99,19 @@ class Lane(Generic[V]):
         self.wishes[wish.text] = wish
         self._waiting[wish.document].append(wish)
         self.size += 1
+        self.chars += len(wish.text)
+
+    def give_back(self, wishes: Sequence[Wish[V]]) -> None:
+        """Let wishes that were taken go before all others."""
+        for wish in reversed(wishes):
+            self._waiting[wish.document].appendleft(wish)
+            self.size += 1
+            self.chars += len(wish.text)
+
+    def leave(self, wish: Wish[V]) -> None:
+        """Note that nobody waits for a wish any more."""
+        self.size -= 1
+        self.chars -= len(wish.text)
 
     def take(self, most: int, most_chars: float) -> list[Wish[V]]:
         """Return the next request's wishes, which wait no more: at most so many, or characters, but one at least."""
@@ -111,7 +127,7 @@ class Lane(Generic[V]):
                     chars += len(wish.text)
                     if taken and chars > most_chars:
                         return taken
-                    self.size -= 1
+                    self.leave(wish)
                     taken.append(wish)
                 queue.popleft()
         return taken

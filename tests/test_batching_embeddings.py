@@ -224,6 +224,20 @@ async def test_a_few_long_texts_do_not_pad_many_short_ones(inner):
     assert len(inner.requests) == 1
 
 
+async def test_much_to_compute_is_two_requests_at_a_time(inner):
+    """Half of the work each, so that no half of the server is idle; never more than two for that."""
+    inner.gate = asyncio.Event()
+    wrapper = BatchingEmbeddings(inner)
+    tasks = [asyncio.create_task(wrapper.aembed_query("x" * length)) for length in range(300, 364)]
+    await settle()
+    assert [len(request) for request in inner.requests] == [33, 31]
+    inner.gate.set()
+    async with asyncio.timeout(LONG_S):
+        await asyncio.gather(*tasks)
+    assert (len(inner.requests), inner.most) == (2, 2)
+    assert idle(wrapper)
+
+
 async def test_documents_are_not_starved_by_queries(inner):
     """One request of eight takes documents first."""
     wrapper = BatchingEmbeddings(inner, max_batch=1, max_concurrency=1)
