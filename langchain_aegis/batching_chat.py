@@ -24,6 +24,7 @@ from langchain_aegis.bounds import MAX_BATCH, WINDOW_MS
 from langchain_aegis.bulk import Bulk, in_lanes
 from langchain_aegis.calls import Entry, scoped
 from langchain_aegis.copies import whole
+from langchain_aegis.cut_answers import note_if_cut
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.forwarding import ForwardingChatModel
 from langchain_aegis.kept_streams import KeptStream, may_look_up
@@ -282,6 +283,7 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 if kept is not None:
                     kept.add(chunk)
+                note_if_cut(chunk)
                 yield chunk
         if kept is not None:
             kept.store()
@@ -316,6 +318,7 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
                     await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 if kept is not None:
                     kept.add(chunk)
+                note_if_cut(chunk)
                 yield chunk
         if kept is not None:
             await kept.astore()

@@ -242,18 +242,16 @@ class OllamaClient:
 
         What was downloaded is kept by the server when this breaks off: the next pull goes on there.
         """
-        bounds = timeouts or self.timeouts
-        for attempt in attempts(bounds, 0):
-            yield from self._stream_once("/api/pull", {"model": model, "stream": True}, bounds, attempt, PullParts())
+        bounds, body = timeouts or self.timeouts, {"model": model, "stream": True}
+        yield from self._stream_once("/api/pull", body, bounds, next(attempts(bounds, 0)), PullParts())
 
     async def apull(self, model: str, *, timeouts: Timeouts | None = None) -> AsyncGenerator[dict[str, Any], None]:
         """Do what `pull` does, without blocking the event loop."""
-        bounds = timeouts or self.timeouts
-        for attempt in attempts(bounds, 0):
-            stream = self._astream_once("/api/pull", {"model": model, "stream": True}, bounds, attempt, PullParts())
-            async with contextlib.aclosing(stream) as parts:
-                async for part in parts:
-                    yield part
+        bounds, body = timeouts or self.timeouts, {"model": model, "stream": True}
+        stream = self._astream_once("/api/pull", body, bounds, next(attempts(bounds, 0)), PullParts())
+        async with contextlib.aclosing(stream) as parts:
+            async for part in parts:
+                yield part
 
     # -- small calls --
 

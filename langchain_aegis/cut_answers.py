@@ -72,10 +72,15 @@ def note_cut() -> None:
         noted.append(True)
 
 
-def noted(result: ChatResult) -> ChatResult:
-    """Return `result`, and note it if it rests on a part of its prompt: it may have been made in another context."""
-    if _noted.get() is not None and rests_on_a_part(result.generations):
+def note_if_cut(*made: Generation) -> None:
+    """Note what rests on a part of its prompt: it may have been made in another context."""
+    if _noted.get() is not None and rests_on_a_part(made):
         note_cut()
+
+
+def noted(result: ChatResult) -> ChatResult:
+    """Return `result`, and note it if it rests on a part of its prompt."""
+    note_if_cut(*result.generations)
     return result
 
 
