@@ -13,9 +13,9 @@ import typer
 from langchain_aegis.cli_cache import Json, OllamaUrl, RedisUrl, print_json
 
 if TYPE_CHECKING:
-    from langchain_aegis.ollama.findings import Finding
+    from langchain_aegis.ollama.findings import Finding, Severity
 
-_COLOURS = {"ok": "green", "info": "blue", "warning": "yellow", "error": "red"}
+_COLOURS: dict[Severity, str] = {"error": "red", "warning": "yellow", "info": "blue", "ok": "green"}  # the worst first
 
 
 def doctor(
@@ -72,7 +72,7 @@ def _print(findings: Sequence[Finding]) -> None:
     table = Table(box=None, show_header=False, padding=(0, 1, 1, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for finding in findings:
+    for finding in sorted(findings, key=lambda finding: list(_COLOURS).index(finding.severity)):
         text = Text(finding.what)
         if finding.why:
             text.append(f"\n{finding.why}", style="dim")
@@ -83,7 +83,7 @@ def _print(findings: Sequence[Finding]) -> None:
     console = Console(soft_wrap=False)
     console.print(table)
     counted = Counter(finding.severity for finding in findings)
-    said = [f"{counted[severity]} {severity}" for severity in ("error", "warning", "info", "ok") if counted[severity]]
+    said = [f"{counted[severity]} {severity}" for severity in _COLOURS if counted[severity]]
     console.print(", ".join(said) or "nothing found")
 
 

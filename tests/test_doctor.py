@@ -23,7 +23,14 @@ from langchain_aegis.ollama.findings import codes as codes_of_table
 from langchain_aegis.ollama.knowledge import knowledge
 from langchain_aegis.ollama.redis_checks import judge_redis
 from langchain_aegis.ollama.repair import repair
-from langchain_aegis.ollama.server_checks import Told, judge_loaded, judge_quantisation, judge_version, judge_window
+from langchain_aegis.ollama.server_checks import (
+    Told,
+    judge_loaded,
+    judge_quantisation,
+    judge_slots,
+    judge_version,
+    judge_window,
+)
 from langchain_aegis.settings import AegisSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -566,30 +573,44 @@ def loaded(**changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "gpu", "slots", "expected"),
+    ("changes", "gpu", "expected"),
     [
-        ({}, True, 4, []),
-        ({"size_vram": 6 * 2**30}, False, 4, [("model-on-cpu", "warning", "25 %")]),
-        ({"size_vram": 0}, True, 4, [("model-on-cpu", "warning", "wholly")]),
-        ({"size_vram": 0}, False, 4, [("model-on-cpu", "info", "wholly")]),
-        ({"size": None, "size_vram": None}, True, 4, []),
-        ({"expires_at": "2026-08-21T12:00:42Z"}, True, 4, [("keep-alive-expiring", "warning", "42 seconds")]),
-        ({"expires_at": "2026-08-21T14:00:42.5+02:00"}, True, 4, [("keep-alive-expiring", "warning", "42 seconds")]),
-        ({"expires_at": "2026-08-21T12:04:00Z"}, True, 4, []),
-        ({"expires_at": "2026-08-21T11:59:00Z"}, True, 4, []),  # the clocks differ
-        ({"expires_at": "2319-01-01T00:00:00Z"}, True, 4, []),
-        ({"expires_at": "soon"}, True, 4, []),
-        ({"details": {"family": "qwen3vl", "families": None}}, True, 4, [("one-slot", "warning", "qwen3vl")]),
-        ({"details": {"family": "qwen3vl"}}, True, 1, []),
-        ({"details": {"family": "qwen3vl"}}, True, None, []),
-        ({"details": None}, True, 4, []),
+        ({}, True, []),
+        ({"size_vram": 6 * 2**30}, False, [("model-on-cpu", "warning", "25 %")]),
+        ({"size_vram": 0}, True, [("model-on-cpu", "warning", "wholly")]),
+        ({"size_vram": 0}, False, [("model-on-cpu", "info", "wholly")]),
+        ({"size": None, "size_vram": None}, True, []),
+        ({"expires_at": "2026-08-21T12:00:42Z"}, True, [("keep-alive-expiring", "warning", "42 seconds")]),
+        ({"expires_at": "2026-08-21T14:00:42.5+02:00"}, True, [("keep-alive-expiring", "warning", "42 seconds")]),
+        ({"expires_at": "2026-08-21T12:04:00Z"}, True, []),
+        ({"expires_at": "2026-08-21T11:59:00Z"}, True, []),  # the clocks differ
+        ({"expires_at": "2319-01-01T00:00:00Z"}, True, []),
+        ({"expires_at": "soon"}, True, []),
     ],
 )  # fmt: skip
-def test_a_loaded_model_is_judged(changes, gpu, slots, expected):
-    findings = judge_loaded("w", loaded(**changes), now=NOW, gpu=gpu, slots=slots, version="0.33.0")
+def test_a_loaded_model_is_judged(changes, gpu, expected):
+    findings = judge_loaded("w", loaded(**changes), now=NOW, gpu=gpu)
     found = [(f.code, f.severity, f.what) for f in findings]
     assert [(code, severity) for code, severity, _ in found] == [(code, severity) for code, severity, _ in expected]
     assert all(says in what for (_, _, says), (_, _, what) in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("model", "slots", "version", "severity"),
+    [
+        ({"details": {"family": "llama"}, "capabilities": ["completion"]}, 4, "0.33.0", None),
+        ({"details": {"family": "qwen3vl", "families": None}}, 4, "0.33.0", "warning"),
+        ({"details": {"family": "x", "families": ["x", "qwen35moe"]}}, 4, "0.33.0", "warning"),
+        ({"details": {"family": "qwen35moe"}}, 4, "0.16.0", None),
+        ({"details": {"family": "qwen3vl"}}, 1, "0.33.0", None),
+        ({"details": {"family": "qwen3vl"}}, None, "0.33.0", None),
+        ({"capabilities": ["embedding"]}, 4, "0.33.0", "info"), ({"capabilities": []}, 4, "0.33.0", None),
+        ({"details": None, "capabilities": None}, 4, "0.33.0", None),
+    ],
+)  # fmt: skip
+def test_models_that_get_one_slot_are_named(model, slots, version, severity):
+    found = list(judge_slots("w", {"name": "m", **model}, slots=slots, version=version))
+    assert [(f.code, f.severity) for f in found] == ([("one-slot", severity)] if severity else [])
 
 
 @pytest.mark.parametrize(
@@ -673,6 +694,13 @@ def test_a_probe_that_cannot_ask_says_so(ollama, redis_url, monkeypatch):
 
 
 # -- The command -------------------------------------------------------------------------------------------------
+
+
+def test_the_worst_comes_first(tmp_path):
+    (tmp_path / "x.env").write_text("OLLAMA_MAX_QUEUE=9\nOLLAMA_NUM_CTX=1\nOLLAMA_KV_CACHE_TYPE=int9\n")
+    out = doctor("--offline", "--env-file", tmp_path / "x.env")[1]
+    assert re.findall(r"(?m)^(error|warning|info) ", out) == ["error", "warning", "info"]
+    assert out.splitlines()[-1] == "1 error, 1 warning, 1 info"
 
 
 def test_a_corrected_copy_is_written_on_request_only(tmp_path):

@@ -60,9 +60,11 @@ def check_ollama(client: OllamaClient, settings: AegisSettings, told: Told) -> I
     gpu = told.gpu or any(_whole(model.get("size_vram")) for model in loaded)
     wanted = {normalise_model(m) for m in (settings.model_generation, settings.model_embeddings) if m}
     for model in loaded:
-        yield from judge_loaded(where, model, now=datetime.now(UTC), gpu=gpu, slots=told.slots, version=version)
+        yield from judge_loaded(where, model, now=datetime.now(UTC), gpu=gpu)
+    used = wanted | {_name(model) for model in loaded}
     for model in models:
-        if _name(model) in wanted or (not wanted and _name(model) in {_name(m) for m in loaded}):
+        if _name(model) in used:
+            yield from judge_slots(where, model, slots=told.slots, version=version)
             yield from judge_quantisation(where, model)
 
 
@@ -87,10 +89,8 @@ def judge_version(where: str, version: str) -> Finding:
     return Finding(code="version", severity="ok", where=where, what=f"Ollama {version}")
 
 
-def judge_loaded(
-    where: str, model: Mapping[str, Any], *, now: datetime, gpu: bool, slots: int | None, version: str
-) -> Iterator[Finding]:
-    """Judge one entry of /api/ps: where its weights are, when it goes, how many slots it has."""
+def judge_loaded(where: str, model: Mapping[str, Any], *, now: datetime, gpu: bool) -> Iterator[Finding]:
+    """Judge one entry of /api/ps: where its weights are, and when it goes."""
     name, size, vram = _name(model), _whole(model.get("size")), _whole(model.get("size_vram"))
     if size and vram < size:
         partly = vram > 0
@@ -111,14 +111,29 @@ def judge_loaded(
             why="The next call then waits until it is loaded again, and its prompt caches are lost.",
             fix="Send keep_alive=30m with every call (ChatAegis does), or set OLLAMA_KEEP_ALIVE=24h at the server.",
         )  # fmt: skip
-    details = model.get("details") if isinstance(model.get("details"), Mapping) else {}
-    families = [str(f) for f in (details.get("family"), *(details.get("families") or ())) if f]  # type: ignore[union-attr]
+
+
+def judge_slots(where: str, model: Mapping[str, Any], *, slots: int | None, version: str) -> Iterator[Finding]:
+    """Say of an entry of /api/tags whether it gets one slot although more are set."""
+    if not slots or slots == 1:
+        return
+    details = model.get("details")
+    given: Mapping[str, Any] = details if isinstance(details, Mapping) else {}
+    families = [str(family) for family in (given.get("family"), *(given.get("families") or ())) if family]
     family = knowledge().one_slot_for(families, version)
-    if family and (slots or 1) > 1:
+    capabilities = model.get("capabilities")
+    if family:
         yield Finding(
             code="one-slot", severity="warning", where=where,
-            what=f"{name} ({family}) gets one slot, whatever OLLAMA_NUM_PARALLEL={slots} says",
+            what=f"{_name(model)} ({family}) gets one slot, whatever OLLAMA_NUM_PARALLEL={slots} says",
             why="Calls to it are served one after another.", fix="Set AEGIS_MAX_CONCURRENCY=1, or use another model.",
+        )  # fmt: skip
+    elif isinstance(capabilities, list) and capabilities and "completion" not in capabilities:
+        yield Finding(
+            code="one-slot", severity="info", where=where,
+            what=f"{_name(model)} makes vectors, so it gets one slot, whatever OLLAMA_NUM_PARALLEL={slots} says",
+            why="Its requests are served one after another.",
+            fix="Send many texts in one request: AegisEmbeddings joins those of concurrent calls.",
         )  # fmt: skip
 
 
