@@ -13,6 +13,7 @@ from langchain_aegis.ollama.compose_file import ComposeFile, NoComposeFileError,
 from langchain_aegis.ollama.env_files import Variable, identity, read_variables
 from langchain_aegis.ollama.environment import check_repeated, check_variables, only_server
 from langchain_aegis.ollama.findings import Finding, Severity
+from langchain_aegis.ollama.interpolation import unknown
 from langchain_aegis.ollama.knowledge import bare, knowledge, version_tuple
 from langchain_aegis.ollama.places import Edit, Place, Text
 from langchain_aegis.ollama.redis_service import check_redis, configuration
@@ -35,6 +36,7 @@ class Project:
         uses: Variables that the files fill in.
         env_files: Those that a service reads.
         gpu: A service reserves a GPU.
+        awaited: Service -> one that waits for it to be healthy.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -42,6 +44,7 @@ class Project:
     uses: set[str] = field(default_factory=set)
     env_files: set[Path] = field(default_factory=set)
     gpu: bool = False
+    awaited: dict[str, str] = field(default_factory=dict)
 
 
 def check_compose(path: Path, values: Mapping[str, str]) -> Iterator[Finding]:
@@ -81,6 +84,10 @@ def check_project(paths: Sequence[Path], values: Mapping[str, str]) -> Project:
     for file in files:
         project.uses |= file.uses
         project.findings += _of_file(file)
+        for name, data in file.services.items():
+            for other, wanted in as_map(data.get("depends_on")).items():
+                if as_map(wanted).get("condition") == "service_healthy":
+                    project.awaited.setdefault(str(other), str(name))
         for service in services_of(file.path, file.services):
             base = next((i for i, s in enumerate(services) if s.name == service.name and service.fragment), None)
             if base is None:
@@ -123,7 +130,7 @@ def _of_service(service: Service, project: Project) -> Iterator[Finding]:
     else:
         yield from check_redis(service)
     yield from _check_ports(service)
-    yield from _check_health(service)
+    yield from _check_health(service, project.awaited.get(service.name))
     yield from _check_hardening(service)
     devices = as_map(as_map(as_map(service.data.get("deploy")).get("resources")).get("reservations")).get("devices")
     project.gpu |= bool(devices) or service.data.get("runtime") == "nvidia" or bool(service.data.get("gpus"))
@@ -140,10 +147,10 @@ def _once(findings: list[Finding]) -> list[Finding]:
 
 def _check_image(service: Service) -> Iterator[Finding]:
     image = service.data.get("image")
-    if not image or service.digest or service.data.get("build"):
+    if not image or service.digest or service.data.get("build") or unknown(str(image)):
         return
     where = service.where(image, "image")
-    if not re.search(r"\d", service.tag) and "${" not in service.tag:
+    if service.floating:
         pinned = f"{str(image).partition(':')[0]}:{service.image.tag}" if service.tag in ("", "latest") else ""
         plain = isinstance(image, Text) and image.place is not None and "$" not in image.raw
         own = service.repository == service.image.names[0]
@@ -326,12 +333,18 @@ def _openness(service: Service) -> tuple[Severity, str]:
     return "error", "Whoever reaches the machine may read and change all cached answers."
 
 
-def _check_health(service: Service) -> Iterator[Finding]:
+def _check_health(service: Service, awaited_by: str | None) -> Iterator[Finding]:
     health = as_map(service.data.get("healthcheck"))
     where = service.where(service.key("healthcheck"), "healthcheck")
     test = health.get("test")
     if not test:
-        if not is_true(health.get("disable")) and not service.fragment:
+        if awaited_by and service.official:
+            yield Finding(
+                code="no-health-check", severity="error", where=service.where(service.key("image"), "healthcheck"),
+                what=f"there is no health check, and {awaited_by} waits for one (condition: service_healthy)",
+                why=f"Neither does the image have one: compose refuses to start {awaited_by}.", fix=service.image.check,
+            )  # fmt: skip
+        elif not is_true(health.get("disable")) and not service.fragment:
             yield Finding(
                 code="no-health-check", severity="info", where=where, what="there is no health check",
                 why="Other services start before this one answers.", fix=service.image.check,

@@ -16,6 +16,7 @@ from langchain_aegis.ollama.knowledge import Image, knowledge
 from langchain_aegis.ollama.places import Text, line_of
 
 _LOOPBACK = re.compile(r"127\.\d+\.\d+\.\d+|\[?::1\]?|localhost")
+_FLOATING = re.compile(r"latest|stable|main|master|edge|nightly|dev|alpine|bookworm|trixie|rocm|cuda")
 EVERYWHERE = {"", "0.0.0.0", "::", "[::]"}  # noqa: S104 - what is warned of
 
 
@@ -74,6 +75,11 @@ class Service:
     def fragment(self) -> bool:
         """It adds to a service of another file, so what is missing here may stand there."""
         return not (self.data.get("image") or self.data.get("build"))
+
+    @property
+    def floating(self) -> bool:
+        """Its image may be another one tomorrow."""
+        return not self.digest and (not re.search(r"\d", self.tag) or _FLOATING.match(self.tag) is not None)
 
     @property
     def version(self) -> str | None:
@@ -147,7 +153,8 @@ def services_of(path: Path, services: Mapping[str, Mapping[str, Any]]) -> Iterat
 
 
 def _service(path: Path, name: str, data: Mapping[str, Any]) -> Service | None:
-    reference, at, _ = str(data.get("image") or "").partition("@")
+    image_text = str(data.get("image") or "")
+    reference, at, _ = ("" if unknown(image_text) and image_text.startswith("${") else image_text).partition("@")
     head, slash, last = reference.rpartition("/")
     base, _, tag = last.partition(":")
     repository = f"{head}{slash}{base}".removeprefix("docker.io/").removeprefix("library/")
