@@ -92,6 +92,7 @@ class AegisEmbeddings(OllamaEmbeddings):
     _endpoint: Endpoint = PrivateAttr()
     _default_keep_alive: str = PrivateAttr()
     _made_at: Place = PrivateAttr()
+    _memo: _Memo = PrivateAttr(default_factory=lambda: _Memo())
 
     def __init__(self, model: str | None = None, **arguments: Any) -> None:
         check_names(arguments, {*type(self).model_fields, *ALIASES}, f"argument of {type(self).__name__}:")
@@ -139,19 +140,23 @@ class AegisEmbeddings(OllamaEmbeddings):
         Raises:
             AegisError: The server cannot be reached, refused a text, or sent no usable vectors.
         """
-        return self._gathered.embed(_checked(texts), self._requests, documents=True)
+        gathered, requests = self._way
+        return gathered.embed(_checked(texts), requests, documents=True)
 
     def embed_query(self, text: str) -> Vector:
         """Return the vector of one text; see `embed_documents`."""
-        return self._gathered.embed(_checked([text]), self._requests)[0]
+        gathered, requests = self._way
+        return gathered.embed(_checked([text]), requests)[0]
 
     async def aembed_documents(self, texts: list[str]) -> list[Vector]:
         """Return one vector for each text, in their order; see `embed_documents`."""
-        return await self._gathered.aembed(_checked(texts), self._requests, documents=True)
+        gathered, requests = self._way
+        return await gathered.aembed(_checked(texts), requests, documents=True)
 
     async def aembed_query(self, text: str) -> Vector:
         """Return the vector of one text; see `embed_documents`."""
-        return (await self._gathered.aembed(_checked([text]), self._requests))[0]
+        gathered, requests = self._way
+        return (await gathered.aembed(_checked([text]), requests))[0]
 
     def warm(self, *, pull: bool = True, report: Report | None = None) -> Warmed:
         """Have the server load the model; see `ChatAegis.warm`."""
@@ -168,8 +173,12 @@ class AegisEmbeddings(OllamaEmbeddings):
         return client, Target.of(self._body(), client.base_url, rule=rule, where=where, embeds=True)
 
     @property
-    def _requests(self) -> _Requests:
-        return _Requests(
+    def _way(self) -> tuple[GatheredEmbeddings, _Requests]:
+        """What all objects share that would send the same requests to the same server; and this one's own."""
+        made, fields = self._memo.made, self.__dict__
+        if made is not None and made[0] is self._endpoint and made[1] == fields:
+            return made[2]
+        requests = _Requests(
             self._endpoint.client(self.base_url),
             self._body(),
             self._endpoint.bounds(),
@@ -177,16 +186,13 @@ class AegisEmbeddings(OllamaEmbeddings):
             self.cache,
             self._guarded,
         )
-
-    @property
-    def _gathered(self) -> GatheredEmbeddings:
-        """What all objects share that would send the same requests to the same server."""
-        requests = self._requests
         key = (
             repr(requests.body), repr(requests.bounds), self.max_batch, self.max_batch_chars, id(self.cache),
             self.on_reload,
         )  # fmt: skip
-        return _shared.get(requests.client, key, self._make_gathered)
+        way = _shared.get(requests.client, key, self._make_gathered), requests
+        self._memo.made = self._endpoint, dict(fields), way
+        return way
 
     def _make_gathered(self) -> GatheredEmbeddings:
         return GatheredEmbeddings(
@@ -228,6 +234,24 @@ def kept_of(embeddings: OllamaEmbeddings, cache: AegisEmbeddingCache, *, learns:
         },
     }
     return Kept(cache, fields, normalise_model(embeddings.model), learns=learns)
+
+
+class _Memo:
+    """What was made of an object's fields; no part of what it is: copies begin without, and compare as equal."""
+
+    def __init__(self) -> None:
+        self.made: tuple[Endpoint, dict[str, Any], tuple[GatheredEmbeddings, _Requests]] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Memo)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Memo:
+        return _Memo()
+
+    def __reduce__(self) -> Any:
+        return _Memo, ()
 
 
 class _Requests:

@@ -93,7 +93,7 @@ def sent(server):
 
 def half_a_minute_later(model):
     """What was learnt of the model's digest is too old."""
-    model._gathered._kept._asked_at = -math.inf
+    model._way[0]._kept._asked_at = -math.inf
 
 
 class Changing:

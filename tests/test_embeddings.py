@@ -258,7 +258,7 @@ def test_a_text_under_way_in_another_loop_is_waited_for(server, model):
         first = pool.submit(asyncio.run, model.aembed_query("same"))
         server.wait_until(lambda s: s.routes["/api/embed"] == 1)
         others = [pool.submit(model.embed_query, "same"), pool.submit(asyncio.run, model.aembed_query("same"))]
-        gathering = model._gathered.asked
+        gathering = model._way[0].asked
         wait_until(lambda: gathering.seats == 3)
         server.release()
         assert first.result(DEADLINE_S) == others[0].result(DEADLINE_S) == others[1].result(DEADLINE_S)
@@ -288,7 +288,7 @@ def test_a_loop_that_ends_takes_nobody_along(server, model):
         task = asyncio.create_task(model.aembed_query("x"))
         await server.await_until(lambda s: s.routes["/api/embed"] == 1)
         thread = pool.submit(model.embed_query, "x")
-        await asyncio.to_thread(wait_until, lambda: model._gathered.asked.seats == 2)
+        await asyncio.to_thread(wait_until, lambda: model._way[0].asked.seats == 2)
         return task, thread
 
     with ThreadPoolExecutor(2) as pool:
@@ -296,7 +296,7 @@ def test_a_loop_that_ends_takes_nobody_along(server, model):
             task, thread = asyncio.run(leave())
         assert task.cancelled()
         assert len(thread.result(DEADLINE_S)) == 384
-    assert model._gathered.idle
+    assert model._way[0].idle
 
 
 def test_a_loop_that_ends_leaves_nothing_behind(server, model):
