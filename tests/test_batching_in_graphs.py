@@ -5,7 +5,9 @@ Each test runs the same code with ChatOllama and with a model that takes its pla
 
 import asyncio
 import operator
+import re
 from collections import Counter
+from pathlib import Path
 from typing import Annotated, TypedDict
 
 import pytest
@@ -20,7 +22,7 @@ from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 from langchain_ollama import ChatOllama
 from langgraph.graph import END, START, StateGraph
 
-from langchain_aegis import BatchingChatModel, ChatAegis
+from langchain_aegis import AegisClosedError, BatchingChatModel, ChatAegis
 from langchain_aegis.testing import ScriptedOllama
 
 LONG_S = 30.0
@@ -248,6 +250,15 @@ async def test_tokens_of_parallel_nodes_come_once(pair, alike):
     assert all(len(told[0][task]) > 5 for task in TASKS)
 
 
+async def test_five_streams_of_one_question_make_one_call(server):
+    """Who joins a stream gets all of it; the server generates once."""
+    model = BatchingChatModel(ChatAegis("m", base_url=server.base_url, temperature=0))
+    found = await results(tokens_by_node(five_nodes(model, alike=True), {"text": TEXT, "found": []}))
+    assert len(server.chats) == 1
+    assert len(found) == 5
+    assert len({tuple(piece for piece in pieces if piece) for pieces in found.values()}) == 1
+
+
 def test_tokens_come_once_in_a_blocking_stream_too(pair):
     told = []
     for model in pair:
@@ -414,3 +425,39 @@ async def test_a_chain_in_a_node_streams_and_batches(pair):
         assert sorted(heard.tokens.values()) == sorted(answers)
         told.append((answers, streamed))
     assert told[0] == told[1]
+
+
+# What the page shows
+
+
+def test_the_examples_of_the_page_run(monkeypatch):
+    """The code of docs/batching.md, from its beginning to its end."""
+    page = (Path(__file__).parent.parent / "docs" / "batching.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) >= 6
+    with ScriptedOllama(["llama3.2:8b", "all-minilm"], words=4) as server:
+        monkeypatch.setenv("OLLAMA_BASE_URL", server.base_url)
+        monkeypatch.setenv("OLLAMA_HOST", server.base_url)
+        names = {}
+        for block in blocks:
+            exec(compile(block, "docs/batching.md", "exec"), names)  # noqa: S102 - our own page
+        assert len(names["answers"]) == 500
+        assert len(server.chats) == 1 + 4 * 500 + 1 + 1
+        refusal = names["overloaded"](None, names["AegisOverloadedError"]("busy", retry_after_s=1.2))
+        response = asyncio.run(refusal)
+        assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
+        with pytest.raises(AegisClosedError):
+            names["model"].invoke("after the end")
+        names["embeddings"].inner._client._client.close()
+
+
+def test_the_page_links_to_what_exists():
+    page = Path(__file__).parent.parent / "docs" / "batching.md"
+    text = page.read_text(encoding="utf-8")
+    anchors = {
+        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^## (.*)$", text, re.M)
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        file, _, anchor = target.partition("#")
+        assert not file or (page.parent / file).exists(), target
+        assert file or anchor in anchors, target
