@@ -253,7 +253,7 @@ class Fit:
         if certain and self._forbids_cut and self._policy != "warn":
             raise AegisContextOverflowError(
                 f"{said}, although it was told not to. Raise num_ctx (or OLLAMA_CONTEXT_LENGTH on the server), shorten"
-                " the prompt, or take a server that refuses, as newer ones do",
+                " the prompt, or take a server that refuses it (Ollama from 0.12.6 on)",
                 window_tokens=window,
             )
         logger.warning("prompt_cut: %s", said)
