@@ -311,4 +311,5 @@ def _outcome(runner: Runner, names: list[str], own: Collection[str]) -> str:
     if changing := " and ".join(name for name in names if name in own):
         told.append(f"{changing}, which changes results, is sent as asked, so these calls do reload the model")
     told.append('give one set everywhere, or on_reload="raise" or "allow"')
-    return "; ".join(told)
+    outcome = "; ".join(told)
+    return outcome[0].upper() + outcome[1:]

@@ -45,7 +45,7 @@ def test_the_report_is_the_one_that_is_logged(server, caplog):
     (report,) = [r.message for r in caplog.records if r.message.startswith("reload:")]
     shown = re.search(r"```\n(reload: .*?)```", PAGE, re.S)[1]
     place = r"\S+\.py:\d+"
-    pattern = re.sub(place.replace("\\", "\\"), "PLACE", " ".join(shown.split()))
+    pattern = re.sub(place, "PLACE", " ".join(shown.split()))
     assert re.sub(place, "PLACE", report).replace(server.base_url, "http://127.0.0.1:11434") == pattern
 
 

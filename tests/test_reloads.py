@@ -70,7 +70,7 @@ def test_two_nodes_share_one_runner(server, ask, caplog):
     (report,) = reports(caplog)
     assert f"num_ctx=4096 at {first}" in report
     assert f"num_ctx=8192 at {second}" in report
-    assert "all calls now send num_ctx=8192" in report
+    assert "All calls now send num_ctx=8192" in report
 
 
 def test_without_the_guard_each_call_reloads(server, ask):
@@ -224,7 +224,7 @@ def test_the_first_value_of_an_execution_option_is_sent_by_all(server, ask, capl
     for n in range(10):
         ask(models[n % 2], f"What is number {n}?")
     assert server.counters.loads == 1
-    assert "all calls now send num_batch=512" in reports(caplog)[0]
+    assert "All calls now send num_batch=512" in reports(caplog)[0]
 
 
 def test_shift_is_sent_as_asked(server, ask, caplog):

@@ -185,6 +185,14 @@ def test_a_dead_server_is_an_error_at_once(heat):
         heat(ChatAegis("m", base_url="http://127.0.0.1:1"))
 
 
+def test_a_model_on_several_servers_is_loaded_on_all(heat):
+    """And the one that cannot keep it is told."""
+    with ScriptedOllama("m") as one, ScriptedOllama("m", registry=[]) as other:
+        warmed = heat(ChatAegis("m", base_url=[one.base_url, other.base_url], num_ctx=2048))
+        assert (warmed.resident, warmed.window_tokens) == (True, 2048)
+        assert (one.counters.loads, other.counters.loads) == (1, 1)
+
+
 # -- several models --
 
 
