@@ -199,7 +199,8 @@ class GatheredEmbeddings:
 
     def _from_cache(self, kept: Kept, texts: Sequence[str], deadline: float | None) -> Flow[dict[str, Vector]]:
         found = {text: vector for text in texts if (vector := self._in_memory(text)) is not None}
-        missing = [text for text in texts if text not in found]
+        # Redis has nothing yet of what another caller is asking the embedder for.
+        missing = [text for text in texts if text not in found and not self._asked_and_kept.has(text)]
         if kept.is_fresh and not (kept.cache.shared and kept.model):
             return found
         for start in range(0, len(missing), _RECALLED_AT_ONCE):

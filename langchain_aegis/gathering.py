@@ -93,6 +93,10 @@ class Gathering(Generic[V]):
         """Whether nothing is under way and nobody waits."""
         return not self._lanes
 
+    def has(self, text: str) -> bool:
+        """Whether a text is under way or waits; without a lock, so it may be wrong a moment later."""
+        return any(text in lane.wishes for lane in tuple(self._lanes.values()))
+
     @property
     def seats(self) -> int:
         """How many callers wait for the texts that are under way or waiting."""
