@@ -381,14 +381,14 @@ class _Reader:
             self.numbers.add(_digest(f"#{word.ordinal}", self.key))
         if word.direction == "convert":
             self.converts = True
-        elif word.direction:
-            if word.direction == "to" and self.converts and self.source < 0 and self.order:
-                self.source = self.order[-1]
-            self.pending = word.direction
+        elif word.direction == "to" and self.converts and self.source < 0 and self.order:
+            self.source = self.order[-1]
         if word.number and not word.stop:
             self._add(word.number, None, spelling)
         elif not word.stop and not word.direction and not word.question:
             self._add(_digest(form.stem, self.key), None)
+        if word.direction and word.direction != "convert":  # "nach" is a term, too, and not its own end
+            self.pending = word.direction
 
     def _question(self, code: str) -> None:
         if code == "manner":  # "what is the way to"

@@ -271,3 +271,8 @@ def test_one_undecided_language_blocks_nothing() -> None:
 )
 def test_what_is_asked_for_is_compared_where_both_ask_in_the_same_way(cached, new):
     assert compare(profile(cached), profile(new))
+
+
+def test_a_german_way_has_its_ends():
+    assert "direction" in reasons("Welche Verbindung gibt es ab Ulm nach Bonn?", "Wie komme ich von Bonn nach Ulm?")
+    assert reasons("Welche Verbindung gibt es ab Ulm nach Bonn?", "Wie komme ich von Ulm nach Bonn?") == ()
