@@ -116,6 +116,7 @@ class Lexicon:
     conflicts: frozenset[tuple[int, int]]  # positions in `questions`
     what: int  # position in `questions`; "what" may ask for anything that `implied` names
     asks: frozenset[str]  # words after which a question word begins the question itself ("could you tell me when")
+    subjects: frozenset[str]  # English: what "when" begins a clause with
     questions: tuple[str, ...]  # codes of question words; a profile stores the position
     codes: dict[str, int]  # the same the other way round; "" is "command"
     yes_no: dict[str, dict[str, str]]  # per language: first word -> question code
@@ -317,6 +318,7 @@ class _Builder:
             yes_no={language: _first_words(guards["question_words"], language) for language in self.tables},
             parts=parts,
             phrases=frozenset(parts),
+            subjects=frozenset(guards["question_words"]["subjects"].split()),
             separable=frozenset(synonyms["phrases"]["separable"].split()),
             particles=frozenset(guards["particles"]["particles"].split()),
             before_noun=frozenset(guards["particles"]["before_noun"].split()),
@@ -461,9 +463,8 @@ class _Builder:
 
 
 def _mark(codes: Codes, forms: list[str], code: int) -> None:
-    alone = (code,)
     for form in forms:
-        codes[form] = (*codes[form], code) if form in codes else alone
+        codes[form] = (*codes.get(form, ()), code)
 
 
 def _joined(sets: Iterable[frozenset[int]]) -> frozenset[int]:

@@ -396,10 +396,17 @@ class _Reader:
                 self.question = "how"
             return
         polite = self.question in ("yes_no", "possible")  # "could you tell me when"
-        if not self.question or (polite and self.at and self.forms[self.at - 1].low in lexicon().asks):
+        after_asking = self.at > 0 and self.forms[self.at - 1].low in lexicon().asks
+        if code == "when" and not after_asking and self._next() in lexicon().subjects:
+            return  # "When I sit for long, why ..."
+        whole = code == "possible" and not self.at  # "is there any way to"
+        if whole or not self.question or (polite and after_asking):
             following = self.forms[self.at + 1].word if code == "how" and self.at + 1 < len(self.forms) else None
             graded = following is not None and following.number in lexicon().graded  # "how quickly"
             self.question = "degree" if graded else code
+
+    def _next(self) -> str:
+        return self.forms[self.at + 1].low if self.at + 1 < len(self.forms) else ""
 
     def _codes(self, word: Word) -> None:
         self.shape |= word.shape

@@ -276,3 +276,10 @@ def test_what_is_asked_for_is_compared_where_both_ask_in_the_same_way(cached, ne
 def test_a_german_way_has_its_ends():
     assert "direction" in reasons("Welche Verbindung gibt es ab Ulm nach Bonn?", "Wie komme ich von Bonn nach Ulm?")
     assert reasons("Welche Verbindung gibt es ab Ulm nach Bonn?", "Wie komme ich von Ulm nach Bonn?") == ()
+
+
+def test_what_asks_may_stand_behind_a_clause():
+    how = profile("What can I do about cramp?").question
+    assert profile("When I sit for long I get cramp. What can I do?").question == how
+    assert profile("When does the shop open?").question == profile("Tell me when the shop opens.").question != how
+    assert profile("Is there any way to mend it?").question == profile("Can I mend it?").question
