@@ -27,6 +27,7 @@ DEADLINE_S = 60
 BUSY = """
 import sys, threading
 from langchain_aegis import ChatAegis, aegis_scope
+from langchain_aegis.live import told, watch
 from langchain_aegis.testing import ScriptedOllama
 with ScriptedOllama(slots=1) as server:
     model = ChatAegis("scripted", base_url=server.base_url, max_concurrency=2)
@@ -35,9 +36,13 @@ with ScriptedOllama(slots=1) as server:
             model.invoke(f"question {n}")
     threads = [threading.Thread(target=call, args=(n,)) for n in range(5)]
     with server.hold():
+        watch()  # somebody looks already: what the process does first is seen at once
         for thread in threads:
             thread.start()
         server.wait_until(lambda seen: seen.waiting == 2)
+        while [each.servers[server.base_url]["waiting_bulk"] for each in told()] != [3]:
+            watch()
+            threading.Event().wait(0.01)
         print(server.base_url, flush=True)
         for line in sys.stdin:   # each line: one more call, as an application would make it
             threads.append(threading.Thread(target=call, args=(99,)))
@@ -62,7 +67,6 @@ def run(*arguments):
 
 @pytest.mark.slow
 def test_a_busy_process_is_seen_by_the_command(home):
-    watch()  # somebody looks already: what the process does first is seen at once
     with subprocess.Popen(
         [sys.executable, "-c", BUSY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as busy:
