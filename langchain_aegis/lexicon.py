@@ -343,10 +343,8 @@ class _Builder:
                     narrowing |= numbers
                 if section == "people":
                     persons |= numbers
-                if turns:
-                    alone = frozenset((group,))
-                    for one in numbers:
-                        reversible[one] = reversible[one] | alone if one in reversible else alone
+                for one in numbers if turns else ():
+                    reversible[one] = reversible.get(one, frozenset()) | {group}
         for table, excluded in self._tables(_BOTH):
             table.exclusive = {form: codes for form, codes in marked.items() if form not in excluded}
         return narrowing, reversible, persons
