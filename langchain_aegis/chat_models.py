@@ -43,7 +43,7 @@ from langchain_aegis.options import (
 )
 from langchain_aegis.overflow import Fit, Policy, Trim
 from langchain_aegis.pools import Pool
-from langchain_aegis.reloads import Place, Rule, place, runner_options
+from langchain_aegis.reloads import Place, Rule, place, resolve_strict, runner_options
 from langchain_aegis.replays import StreamEntry, as_chunks
 from langchain_aegis.servers import addresses_of, admission_of
 from langchain_aegis.settings import AegisSettings, normalise_base_url
@@ -84,7 +84,7 @@ class ChatAegis(CachedChat):
             when the prompt still does not fit, or was not changed, the error is raised.
         on_reload: What happens when calls of this process use one model with different runner options (`num_ctx`,
             `num_thread`, ...), for each of which the server would reload it: "share" one set (the largest window) and
-            warn once, "raise" an AegisReloadError, or "allow" it.
+            warn once, "raise" an AegisReloadError, or "allow" it. `strict=True` is another way to write "raise".
         timeout: Seconds that a whole answer may take; default `AEGIS_DEADLINE_S`.
         max_retries: How often a call is repeated while the server is overloaded or cannot be reached.
         max_tokens: Another name of `num_predict`.
@@ -137,8 +137,9 @@ class ChatAegis(CachedChat):
     _made_at: Place = PrivateAttr()
 
     def __init__(self, model: str | None = None, **arguments: Any) -> None:
-        check_names(arguments, {*type(self).model_fields, *ALIASES}, f"argument of {type(self).__name__}:")
-        values = resolve_aliases(arguments)
+        known = {*type(self).model_fields, *ALIASES, "strict"}
+        check_names(arguments, known, f"argument of {type(self).__name__}:")
+        values = resolve_strict(resolve_aliases(arguments))
         if model is None or values.get("base_url") is None:
             settings = AegisSettings.from_env()
             model = settings.model_generation if model is None else model

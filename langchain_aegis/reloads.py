@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from langchain_aegis.errors import AegisReloadError
+from langchain_aegis.errors import AegisOptionError, AegisReloadError
 from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.identity import normalise_model
 from langchain_aegis.notices import logger
@@ -39,6 +39,23 @@ _LIBRARIES = frozenset(
     {"langchain_aegis", "langchain_core", "langchain_ollama", "langchain", "langchain_classic", "langgraph", "pydantic",
      "asyncio", "concurrent", "threading", "contextlib", "functools", "copy"}
 )  # fmt: skip
+
+
+def resolve_strict(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's arguments with `strict`, if it is there, put as `on_reload`.
+
+    Raises:
+        AegisOptionError: It is neither True nor False, or contradicts `on_reload`.
+    """
+    strict = arguments.pop("strict", None)
+    if strict is None:
+        return arguments
+    if not isinstance(strict, bool):
+        raise AegisOptionError(f"strict must be True or False, got {strict!r}")
+    told = arguments.get("on_reload")
+    if told is not None and strict != (told == "raise"):
+        raise AegisOptionError(f'strict={strict} contradicts on_reload={told!r}; strict=True means on_reload="raise"')
+    return {**arguments, "on_reload": "raise"} if strict else arguments
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from langgraph.graph import START, MessagesState, StateGraph
 from prometheus_client import CollectorRegistry, generate_latest
 
 from langchain_aegis import AegisEmbeddings, ChatAegis
-from langchain_aegis.errors import AegisConfigError, AegisContextOverflowError, AegisReloadError
+from langchain_aegis.errors import AegisConfigError, AegisContextOverflowError, AegisOptionError, AegisReloadError
 from langchain_aegis.metrics_admission import register_admission
 from langchain_aegis.notices import forget_warnings
 from langchain_aegis.reloads import RUNNER_OPTIONS, Reloads, place, reloads, runner_options
@@ -265,6 +265,15 @@ def test_a_second_set_can_be_refused(server, ask):
     assert len(server.chats) == 1
     same = ChatAegis("m", base_url=server.base_url, num_ctx=8192, on_reload="raise")
     assert ask(same).text
+
+
+def test_strict_is_another_way_to_write_it():
+    assert ChatAegis("m", strict=True).on_reload == "raise"
+    assert ChatAegis("m", strict=False).on_reload == "share"
+    assert ChatAegis("m", strict=False, on_reload="allow").on_reload == "allow"
+    for wrong in ({"strict": "yes"}, {"strict": True, "on_reload": "allow"}, {"strict": False, "on_reload": "raise"}):
+        with pytest.raises(AegisOptionError, match="strict"):
+            ChatAegis("m", **wrong)
 
 
 # -- what is told --
