@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from langchain_core.utils.utils import secret_from_env
@@ -178,19 +179,15 @@ class AegisEmbeddings(OllamaEmbeddings):
         made, fields = self._memo.made, self.__dict__
         if made is not None and made[0] is self._endpoint and made[1] == fields:
             return made[2]
-        requests = _Requests(
-            self._endpoint.client(self.base_url),
-            self._body(),
-            self._endpoint.bounds(),
-            self.dimensions,
-            self.cache,
-            self._guarded,
-        )
+        client = self._endpoint.client(self.base_url)
+        # Not a method of this object, which the memo would then keep alive.
+        guarded = partial(_guarded, client.base_url, self.model, self.on_reload, self._made_at)
+        requests = _Requests(client, self._body(), self._endpoint.bounds(), self.dimensions, self.cache, guarded)
         key = (
             repr(requests.body), repr(requests.bounds), self.max_batch, self.max_batch_chars, id(self.cache),
             self.on_reload,
         )  # fmt: skip
-        way = _shared.get(requests.client, key, self._make_gathered), requests
+        way = _shared.get(client, key, self._make_gathered), requests
         self._memo.made = self._endpoint, dict(fields), way
         return way
 
@@ -212,13 +209,14 @@ class AegisEmbeddings(OllamaEmbeddings):
         }
         return {name: value for name, value in fields.items() if value is not None}
 
-    def _guarded(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the body of a request with the runner options that all calls of the model send."""
-        if self.on_reload == "allow":
-            return body
-        name, asked = (self._endpoint.client(self.base_url).base_url, self.model), runner_options(body["options"])
-        reloads.share(*name, asked, where=lambda: self._made_at.text, rule=self.on_reload, own=("num_ctx",))
-        return {**body, "options": {**body["options"], **reloads.send(*name, asked, own=("num_ctx",))}}
+
+def _guarded(base_url: str, model: str, rule: Rule, made_at: Place, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the body of a request with the runner options that all calls of the model send."""
+    if rule == "allow":
+        return body
+    asked = runner_options(body["options"])
+    reloads.share(base_url, model, asked, where=lambda: made_at.text, rule=rule, own=("num_ctx",))
+    return {**body, "options": {**body["options"], **reloads.send(base_url, model, asked, own=("num_ctx",))}}
 
 
 def kept_of(embeddings: OllamaEmbeddings, cache: AegisEmbeddingCache, *, learns: bool) -> Kept:

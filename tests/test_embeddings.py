@@ -2,8 +2,10 @@
 
 import asyncio
 import copy
+import gc
 import math
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -353,6 +355,27 @@ def test_refusals_have_their_errors(server, model, way):
         embed(AegisEmbeddings("m", base_url="http://127.0.0.1:9"), way, ["a"])
     with pytest.raises(AegisModelNotFoundError):
         AegisEmbeddings("nope", base_url=server.base_url, validate_model_on_init=True)
+
+
+def test_an_object_that_was_used_is_freed_at_once(server):
+    """With its own connections, if it has some; what was made of its fields does not keep it."""
+    model = AegisEmbeddings("embed", base_url=server.base_url)
+    model.embed_query("x")
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_changed_field_counts(server, model):
+    model.embed_query("x")
+    model.dimensions = 8
+    assert len(model.embed_query("x")) == 8
+    assert len(model.model_copy(update={"dimensions": 16}).embed_query("x")) == 16
+    assert len(model.embed_query("x")) == 8
 
 
 def test_construction(monkeypatch):
