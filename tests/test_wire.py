@@ -408,6 +408,11 @@ class TestGo:
     def test_float32(self, value: float, text: str) -> None:
         assert wire_json.float32(value) == text
 
+    @given(st.lists(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=3, max_size=3)))
+    def test_vectors_are_written_as_their_numbers(self, vectors: list[list[float]]) -> None:
+        expected = "[" + ",".join(f"[{','.join(map(wire_json.float32, vector))}]" for vector in vectors) + "]"
+        assert wire_json.float32_lists(vectors).decode() == expected
+
     @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
     def test_float32_reads_back_the_same(self, value: float) -> None:
         text = wire_json.float32(value)
