@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MAX_BATCH: Final = 64
 MAX_BATCH_CHARS: Final = 65_536
-_SPLIT_CHARS: Final = 8_000  # computing so much takes longer than a request costs
+_SPLIT_CHARS: Final = 4_000  # computing so much takes longer than a request costs
 _RECALLED_AT_ONCE: Final = 256
 _FRESH_S: Final = 30.0  # for so long a model is taken to be the same if nothing is asked of it
 
