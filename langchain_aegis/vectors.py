@@ -19,7 +19,9 @@ def _numpy(vectors: int = 1) -> Any:
 
     Importing it costs a fifth of a second, which a first lookup shall not pay on an event loop.
     """
-    if (loaded := sys.modules.get("numpy")) is not None:
+    loaded = sys.modules.get("numpy")
+    # Another thread may be importing it: then it stands there without half of its names.
+    if loaded is not None and not getattr(loaded.__spec__, "_initializing", False):
         return loaded
     if vectors >= _MANY:
         with contextlib.suppress(ImportError):

@@ -2,6 +2,8 @@
 
 import math
 import random
+import sys
+import types
 
 import pytest
 
@@ -40,3 +42,10 @@ def test_other_lengths_and_stored_nan_are_no_number():
     query = pack([1.0, 0.0])
     for stored in (pack([1.0, 0.0, 0.0]), b"", b"\x00", b"\x00\x7e\x00\x7e", b"\x00\x00\x00\x00"):
         assert math.isnan(similarities(query, [stored])[0])
+
+
+def test_numpy_that_another_thread_still_imports_is_left_alone(monkeypatch):
+    half = types.ModuleType("numpy")
+    half.__spec__ = types.SimpleNamespace(_initializing=True)
+    monkeypatch.setitem(sys.modules, "numpy", half)
+    assert len(pack([3.0, 4.0])) == 4
