@@ -95,7 +95,7 @@ def blockers(measured, threshold):
     counts = {side: (Counter(), Counter()) for side in (True, False)}
     for one in measured:
         if one.similarity >= threshold:
-            codes = {reason.removeprefix("guard:") for reason in one.reasons}
+            codes = {reason.removeprefix("guard:") for reason in one.reasons_at(threshold)}
             counts[one.pair.duplicate][0].update(codes)
             counts[one.pair.duplicate][1].update(codes if len(codes) == 1 else ())
     rest = sorted((counts[True][0].keys() | counts[False][0].keys()) - set(GUARDS))

@@ -32,7 +32,7 @@ from langchain_aegis.pairs import Pair
 from langchain_aegis.questions import exact_only_reason
 from langchain_aegis.settings import MODES, AegisSettings
 from langchain_aegis.vectors import pack, similarities
-from langchain_aegis.verification import compare, profile
+from langchain_aegis.verification import compare, nearer, profile
 
 TARGETS: Mapping[str, float] = {"strict": 0.015, "balanced": 0.03, "lenient": 0.05}
 LOWEST = 0.5  # as for `min_similarity=`: below, two questions hardly share a topic
@@ -42,7 +42,7 @@ _PROBES = ("How many days of notice does the contract ask for?", "Wie lange läu
 _SAME = 0.999  # cosine of vectors of one text: floats differ between hosts, models differ more
 _TELLS_APART = 0.9
 _UNRELATED = 0.999  # quantile
-_MARGIN = 0.2
+_MARGIN = 0.05
 _UNRELATED_TEXTS = 200
 
 Progress = Callable[[int, int], None]
@@ -78,11 +78,17 @@ class Measured:
         pair: The questions.
         similarity: Their cosine.
         reasons: Why it is not served at any threshold: codes of question rules, "guard:..."; mostly empty.
+        reasons_far: Why it is not served at a threshold that it barely reaches; see `verification.nearer`.
     """
 
     pair: Pair
     similarity: float
     reasons: tuple[str, ...]
+    reasons_far: tuple[str, ...]
+
+    def reasons_at(self, threshold: float) -> tuple[str, ...]:
+        """Return why it is not served at a threshold that it reaches."""
+        return self.reasons if self.similarity >= nearer(threshold) else self.reasons_far
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +181,7 @@ def calibrate(
        reach them. So no more may reach them than with all-MiniLM-L6-v2 at the thresholds that were chosen for it
        (`exposure` in thresholds.toml). This counts ranks and works for every scale of cosines; an embedder that keeps
        traps farther away may find more.
-    3. unrelated: it lies above the cosine of 999 of 1,000 pairs of unrelated questions, by a fifth of the way from
+    3. unrelated: it lies above the cosine of 999 of 1,000 pairs of unrelated questions, by a twentieth of the way from
        there to 1.
     4. lowest: never below 0.5, as `min_similarity=`.
 
@@ -270,9 +276,11 @@ def measure(
     found = []
     for pair in judged:
         rules = [reason for text in (pair.cached, pair.new) if (reason := exact_only_reason(text)) is not None]
-        guards = compare(profile(pair.cached), profile(pair.new), off=off)
-        reasons = (*dict.fromkeys(rules), *(f"guard:{guard}" for guard in guards))
-        found.append(Measured(pair, similarities(vectors[pair.new], [vectors[pair.cached]])[0], reasons))
+        cached, new, told = profile(pair.cached), profile(pair.new), tuple(dict.fromkeys(rules))
+        reasons, far = (
+            (*told, *(f"guard:{guard}" for guard in compare(cached, new, off=off, near=near))) for near in (True, False)
+        )
+        found.append(Measured(pair, similarities(vectors[pair.new], [vectors[pair.cached]])[0], reasons, far))
     return found
 
 
@@ -284,7 +292,7 @@ def served(measured: Iterable[Measured], threshold: float) -> Served:
         counts[side, "all"] += 1
         if one.similarity >= threshold:
             counts[side, "plain"] += 1
-            counts[side, "served"] += not one.reasons
+            counts[side, "served"] += not one.reasons_at(threshold)
     return Served(
         *(Share(counts[side, what], counts[side, "all"]) for what in ("served", "plain") for side in (False, True))
     )

@@ -26,7 +26,7 @@ from langchain_aegis.reports import read_lookup_id
 from langchain_aegis.results import CacheHealth, CacheStats, Entry, Explanation, Verdict, was_cached
 from langchain_aegis.store import Invalidation
 from langchain_aegis.vectors import pack, similarities
-from langchain_aegis.verification import compare, profile
+from langchain_aegis.verification import compare, nearer, profile
 
 _NEAR = 100  # at most so many entries near a question are removed in one step
 
@@ -157,10 +157,11 @@ class Control(Performer):
         vectors = [self._vector_of(question) for question in (cached_question, new_question)]
         similarity = similarities(vectors[1], vectors[:1])[0]
         reasons = [r for q in (cached_question, new_question) if (r := exact_only_reason(q)) is not None]
-        if not similarity >= self._engine.min_similarity()[1]:
+        lowest = self._engine.min_similarity()[1]
+        if not similarity >= lowest:
             reasons.append("below_threshold")
-        off = self._engine.options.guards_off
-        reasons += guard_codes(compare(profile(cached_question), profile(new_question), off=off))
+        off, near = self._engine.options.guards_off, similarity >= nearer(lowest)
+        reasons += guard_codes(compare(profile(cached_question), profile(new_question), off=off, near=near))
         return Verdict(not reasons, similarity, tuple(dict.fromkeys(reasons)))
 
     async def ajudge(self, cached_question: str, new_question: str) -> Verdict:

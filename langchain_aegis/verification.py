@@ -37,13 +37,22 @@ _NONE: frozenset[int] = frozenset()
 _NEW_CONSTRUCTION = 3  # words without content in which two sentences differ that are built in different ways
 
 
-def compare(cached: Profile, new: Profile, *, off: frozenset[str] = frozenset()) -> tuple[str, ...]:
+_NEARER = 0.43  # of the way from the lowest similarity that is served to 1: from there on a question may be built anew
+
+
+def nearer(min_similarity: float) -> float:
+    """Return the similarity from which on two questions are near enough to be built in different ways."""
+    return min_similarity + _NEARER * (1 - min_similarity)
+
+
+def compare(cached: Profile, new: Profile, *, off: frozenset[str] = frozenset(), near: bool = True) -> tuple[str, ...]:
     """Return the guards that forbid to answer one question with the other's answer.
 
     Args:
         cached: Profile of the question whose answer is stored.
         new: Profile of the question that is asked, made with the same key.
         off: Guards that are not to block.
+        near: Whether their similarity reaches `nearer`. Below it, they must share more.
 
     Returns:
         Codes out of `GUARDS`; empty if the answer may be served. The order of the two makes no difference.
@@ -73,7 +82,7 @@ def compare(cached: Profile, new: Profile, *, off: frozenset[str] = frozenset())
     if cached.shape != new.shape:
         found.append("shape")
     if cached.order != new.order or differ & PASSIVE:
-        _wording(cached, new, known, flags, found)
+        _wording(cached, new, known, flags, near, found)
     return tuple(filterfalse(off.__contains__, found) if off else found)
 
 
@@ -172,7 +181,7 @@ def _canonical(term: int) -> int:
     return min(lexicon().related.get(term, (term,)))
 
 
-def _wording(cached: Profile, new: Profile, known: Lexicon, flags: int, found: list[str]) -> None:
+def _wording(cached: Profile, new: Profile, known: Lexicon, flags: int, near: bool, found: list[str]) -> None:
     """Add the guards over the order of the terms and over those that only one of the questions holds."""
     mine, theirs, related = cached.terms, new.terms, known.related
     left, right = mine - theirs, theirs - mine
@@ -217,7 +226,7 @@ def _wording(cached: Profile, new: Profile, known: Lexicon, flags: int, found: l
         if cached.names != new.names and not odd.isdisjoint(cached.names | new.names):
             found.append("entity")
             named = True
-    if (left or right) and (named or not _reworded(left, right, cached, new, known)):
+    if (left or right) and (named or not _reworded(left, right, cached, new, known, near)):
         found.append("substitution" if left and right else "restriction")
     if left == mine and right == theirs and left and right:
         found.append("topic")
@@ -232,7 +241,9 @@ def _looks_like_one_of(term: int, one: Profile, other: Profile) -> bool:
     return bool(look and look in other.spellings) or bool(one.flags & REPEATS and one.order.count(term) > 1)
 
 
-def _reworded(left: frozenset[int], right: frozenset[int], cached: Profile, new: Profile, known: Lexicon) -> bool:
+def _reworded(
+    left: frozenset[int], right: frozenset[int], cached: Profile, new: Profile, known: Lexicon, near: bool
+) -> bool:
     """Return whether the odd words come from another way to ask.
 
     A word that is put into an otherwise equal sentence changes what is asked ("flu", "flu in babies"; "my account",
@@ -245,11 +256,12 @@ def _reworded(left: frozenset[int], right: frozenset[int], cached: Profile, new:
     many, more = len(left), len(right)
     if many > 3 or more > 3 or many + more > 5:
         return False
-    needed = 2 if many + more < 3 else 3
+    needed = 3
+    if many + more < 3:  # farther away, what was added says more than what was said in another word
+        needed = (2 if near else 3) if many and more else (2 if near else 4)
     if len(cached.terms) - many < needed or len(new.terms) - more < needed:
         return False
-    around, others = cached.frame, new.frame
-    if around <= others or others <= around or len(around ^ others) < _NEW_CONSTRUCTION:
+    if len(cached.frame ^ new.frame) < _NEW_CONSTRUCTION:
         return False
     # "How do I cancel it", "what is the process for upgrading it": another act.
     return known.acts.isdisjoint(left) or known.acts.isdisjoint(right)

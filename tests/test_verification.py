@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from langchain_aegis.lexicon import lexicon
 from langchain_aegis.profiles import COUNTS, NAMES, PHRASES, REPEATS, STARTS
 from langchain_aegis.tokens import PLAIN_TEXT, SYMBOL, TOKEN, WORD
-from langchain_aegis.verification import GUARDS, Profile, compare, profile, thresholds
+from langchain_aegis.verification import GUARDS, Profile, compare, nearer, profile, thresholds
 
 KEY = b"a key of the tests"
 profile("")  # reads the lexicon, so that no example pays for it
@@ -283,3 +283,21 @@ def test_what_asks_may_stand_behind_a_clause():
     assert profile("When I sit for long I get cramp. What can I do?").question == how
     assert profile("When does the shop open?").question == profile("Tell me when the shop opens.").question != how
     assert profile("Is there any way to mend it?").question == profile("Can I mend it?").question
+
+
+def test_the_farther_away_the_more_two_questions_must_share():
+    asked, anew = (
+        "Which documents will I be asked for when I register a boat?",
+        "What papers do they want to see for registering a boat?",
+    )
+    assert reasons(asked, anew) == compare(profile(asked), profile(anew), near=False) == ()
+    chess, openings = (
+        profile("How can I improve my chess?"),
+        profile("What are some ways to improve my chess openings?"),
+    )
+    assert compare(chess, openings, near=False) == ("restriction",)
+
+
+@pytest.mark.parametrize("lowest", [0.5, 0.65, 0.92, 1.0])
+def test_near_enough_lies_between_the_lowest_similarity_and_the_same(lowest):
+    assert lowest <= nearer(lowest) <= 1
