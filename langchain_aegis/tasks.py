@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import islice
 
 from langchain_aegis.lexicon import read
 
@@ -53,7 +54,7 @@ def _tells_work(part: str) -> bool:
         (rules["you_do"].match(sentence) or _is_ordered(sentence, rules))
         and not rules["about_answers"].search(sentence)
         and not rules["neutral"].match(sentence)
-        for sentence in _sentences(first)
+        for sentence in islice(_sentences(first), _TELLING)
     )
 
 
@@ -127,6 +128,8 @@ def ends_with_label(text: str) -> bool:
     if (tag := _OPENED.search(text)) is not None:  # "<label>"
         return _rules()["answer_labels"].fullmatch(tag[1].replace("_", " ")) is None
     last = text.rstrip().rpartition("\n")[2].strip(" *#_>-").rstrip()
+    if len(last.split()) > 6 and (label := _LAST_LABEL.search(last)):  # "Text: ... Title:"
+        last = label[1]
     if not last.endswith((":", ":")) or len(last) > 80 or len(last.split()) > 6:
         return False
     return _rules()["answer_labels"].fullmatch(last[:-1].strip(" *#_>-")) is None
@@ -203,7 +206,7 @@ def _read(text: str, *, documents: int = 0) -> _Reading:
 
 def _sentences(text: str) -> Iterator[str]:
     seen = set()
-    for part in _SENTENCE.split(text):
+    for part in _SENTENCE.split(_TAG.sub("\n", text)):
         sentence = part.strip(" \t*#->•")
         if sentence and sentence not in seen:
             seen.add(sentence)
@@ -310,10 +313,13 @@ _PROGRAM = re.compile(
 )
 _WORD = re.compile(r"\w+")
 _BEGINNING, _END = 1500, 800  # characters of a text that may be all documents
+_TELLING = 3  # sentences at the beginning that tell what is done; further on it may be a document without a label
 _LONGEST = 600  # characters of a sentence; documents hold longer ones, tables
 _GROUP = re.compile(r"\(\?:([^()]*)\)(\??)")
 _LETTERS = re.compile(r"[^\W\d_]+")
 _OPENED = re.compile(r"<([A-Za-zÄÖÜäöü_]{1,30})>\s*$")
+_LAST_LABEL = re.compile(r"[.?!]\s+([A-ZÄÖÜ][\w-]*:)$")
+_TAG = re.compile(r"</?[A-Za-z][\w-]{0,30}>")
 _QUOTE = re.compile(_LONG_QUOTE)
 _ARROW = re.compile(r"\s(?:->|=>|→|⇒)\s")
 _TIME = re.compile(r"^[^:]*\d:\d")
@@ -323,7 +329,8 @@ _NOUN_TAIL = re.compile(r"\s+(?:of|limits?|names?|numbers?|system|card|status|be
 
 
 def _alternatives(text: str) -> str:
-    return "|".join(sorted((word.replace("_", r"\s+") for word in text.split()), key=len, reverse=True))
+    words = (word.replace("_?", r"\s*").replace("_", r"\s+") for word in text.split())
+    return "|".join(sorted(words, key=len, reverse=True))
 
 
 _DATA = read("tasks.toml")

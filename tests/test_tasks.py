@@ -39,6 +39,12 @@ def test_a_task_in_the_message_is_answered_on_an_exact_repeat_only(message):
     assert [matched(HumanMessage(message.replace("{t}", text))) for text in PAYLOADS] == [None] * 5
 
 
+@pytest.mark.parametrize(("instructions", "message"), PROMPTS["labelled_tasks"])
+def test_a_task_in_the_system_prompt_is_one_for_a_labelled_text_too(instructions, message):
+    told = SystemMessage(instructions)
+    assert [matched(told, HumanMessage(message.replace("{t}", text))) for text in PAYLOADS] == [None] * 5
+
+
 @pytest.mark.parametrize("turns", PROMPTS["examples"])
 def test_examples_of_a_task_make_payloads_of_what_follows(turns):
     before = [m for asked, reply in turns for m in (HumanMessage(asked), AIMessage(reply))]
