@@ -72,7 +72,7 @@ class Policy:
         lease_ms: How long this process may generate alone while others wait for its answer; 0 if they need not.
         wait_s: How long another process's answer is waited for.
         repeats: Which texts are answered by meaning only the first time that they are asked: "ask" all, "serve" none,
-            "auto" those that differ from the stored question in more than `hardly_differ` allows.
+            "auto" those that differ from the stored question in more than words without content.
         judge_all: Judge every candidate, also after one may serve, and note nothing of it.
     """
 
