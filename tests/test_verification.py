@@ -301,3 +301,20 @@ def test_the_farther_away_the_more_two_questions_must_share():
 @pytest.mark.parametrize("lowest", [0.5, 0.65, 0.92, 1.0])
 def test_near_enough_lies_between_the_lowest_similarity_and_the_same(lowest):
     assert lowest <= nearer(lowest) <= 1
+
+
+@pytest.mark.parametrize(
+    ("cached", "trap", "guard"),
+    [
+        ("How much notice do I get?", "How much notice do I give?", "antonym"),
+        ("Can I sit the test without the course?", "Can I take the course without the test?", "direction"),
+        ("Kann ich die Prüfung ohne den Kurs machen?", "Kann ich den Kurs ohne die Prüfung machen?", "direction"),
+    ],
+)
+def test_giving_is_not_getting_and_what_is_left_out_is_not_what_is_there(cached, trap, guard):
+    assert guard in reasons(cached, trap)
+
+
+def test_a_word_that_asks_is_no_giving_and_a_sentence_may_begin_with_what_is_left_out():
+    assert reasons("Can you give me the price?", "Can I get the price?") == ()
+    assert reasons("Can I sit the test without the course?", "Without the course, may I sit the test?") == ()
