@@ -87,7 +87,7 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
         lease_wait_s: How long a process waits for another's answer.
         repeats: A text that was answered by meaning and is asked again gets an answer of its own, which serves exact
             repeats from then on, so that a wrong hit is never served twice. "auto": if the stored question differs in
-            more than words without content; "ask": always; "serve": never.
+            more than words such as "the", inflection and synonyms; "ask": always; "serve": never.
         settings: Defaults for all of the above.
 
     Raises:

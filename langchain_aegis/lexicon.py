@@ -15,6 +15,7 @@ from typing import Any
 _DATA = files("langchain_aegis") / "data"
 _FILES = ("languages.toml", "guards.toml", "classes.toml", "opposites.toml", "synonyms.toml", "wordnet.toml")
 LANGUAGES = ("", "en", "de", "fr", "es", "it", "nl", "pt")  # a profile stores the position; "" is undecided
+QUIET = 30  # up to this number in a frame: words such as "the" and "can", which may come and go
 SYMMETRIC, AUXILIARY, AGENT = 8, 16, 32  # "and", "between"; "was" and "by" of a passive
 MODES = ("strict", "balanced", "lenient")
 
@@ -287,16 +288,16 @@ class _Builder:
             for word in self._add(direction[kind].split()):
                 word.direction = word.direction or kind
         parts = self._parts("de") | self._parts("en")
-        denying: set[int] = set()
         for table in self.tables.values():
             for form, word in table.special.items():
                 word.number = table.words[form]
                 word.exclusive, word.opposites = table.exclusive.get(form, ()), table.opposites.get(form, ())
+            quiet = languages["quiet"][table.language].split()
             for order, form in enumerate(filter(table.stops.__contains__, table.words)):
-                table.special[form].frame = order % 255 + 1
-            denying |= {word.number for word in table.special.values() if word.soft_negation}
+                table.special[form].frame = 1 + (quiet.index(form) if form in quiet else QUIET + order % (255 - QUIET))
             # "account" has the stem of "accounting", and that is no reason to take it for a trade.
             narrowing -= {table.words[form] for form in table.words.keys() - table.exclusive.keys()}
+        denying = {word.number for t in self.tables.values() for word in t.special.values() if word.soft_negation}
         return Lexicon(
             fingerprint=hashlib.blake2b(b"".join(raw), digest_size=2).digest(),
             tables=self.tables,
@@ -482,8 +483,8 @@ def _marks(data: dict[str, str]) -> dict[str, int]:
 
 
 def _first_words(data: dict[str, str], language: str) -> dict[str, str]:
-    possible = set(data["possible"].split())
-    return {form: "possible" if form in possible else "yes_no" for form in data[f"yes_no_{language}"].split()}
+    words, possible = data[f"yes_no_{language}"].split(), data["possible"].split()
+    return {form: "possible" if form in possible else "yes_no" for form in words}
 
 
 def _votes(data: dict[str, str]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from langchain_aegis.breaker import Unavailable
@@ -18,7 +18,7 @@ from langchain_aegis.flows import Flow
 from langchain_aegis.keys import Key
 from langchain_aegis.store import Epochs, Near, Store
 from langchain_aegis.vectors import pack
-from langchain_aegis.verification import Profile, compare, nearer, profile
+from langchain_aegis.verification import Profile, compare, hardly_differ, nearer, profile
 
 _SERVED: Final = "s"  # begins the note that an entry was served for a text, and until when it can be
 _UNHEARD: Final = frozenset({"verifier_slow", "verifier_failed"})
@@ -72,7 +72,7 @@ class Policy:
         lease_ms: How long this process may generate alone while others wait for its answer; 0 if they need not.
         wait_s: How long another process's answer is waited for.
         repeats: Which texts are answered by meaning only the first time that they are asked: "ask" all, "serve" none,
-            "auto" those that differ from the stored question in more than words without content.
+            "auto" those that differ from the stored question in more than `hardly_differ` allows.
         judge_all: Judge every candidate, also after one may serve, and note nothing of it.
     """
 
@@ -251,8 +251,7 @@ def _is_doubtful(found: Lookup, served: Record, policy: Policy) -> bool:
     if policy.grey is not None and (found.similarity or 0.0) < policy.grey(found.min_similarity)[1]:
         return False  # the verifier has agreed
     try:
-        # Words such as "the" and "may" alone differ: there is nothing that the guards could have missed.
-        return replace(Profile.decode(served.profile), frame=found.profile.frame) != found.profile
+        return not hardly_differ(Profile.decode(served.profile), found.profile)
     except ValueError:
         return True
 

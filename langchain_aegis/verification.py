@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from itertools import combinations, filterfalse
 
-from langchain_aegis.lexicon import SYMMETRIC, Lexicon, lexicon
+from langchain_aegis.lexicon import QUIET, SYMMETRIC, Lexicon, lexicon
 from langchain_aegis.lexicon import thresholds as thresholds
 from langchain_aegis.profiles import COUNTS, DENYING, DIGEST, NAMES, NEGATED, PASSIVE, PHRASES, REPEATS, STARTS
 from langchain_aegis.profiles import Profile as Profile
@@ -119,6 +119,23 @@ def _asks_otherwise(cached: Profile, new: Profile, known: Lexicon) -> bool:
     if known.what == cached.question:
         return known.implied[new.question].isdisjoint(cached.terms)
     return known.what != new.question or known.implied[cached.question].isdisjoint(new.terms)
+
+
+def hardly_differ(cached: Profile, new: Profile) -> bool:
+    """Return whether two questions differ at most in words such as "the" and "can", in inflection and in synonyms."""
+    known = lexicon()
+    if any(code & 0xFF > QUIET for code in cached.frame ^ new.frame) or len(cached.order) != len(new.order):
+        return False
+    for one, other in zip(cached.order, new.order, strict=True):
+        if one != other and other not in known.related.get(one, _NONE):
+            return False
+    if (cached.flags ^ new.flags) & (NEGATED | DENYING | PASSIVE | SYMMETRIC):
+        return False
+    return all(getattr(cached, name) == getattr(new, name) for name in _ASKED)
+
+
+# What two such questions have in common. The guards have compared the rest; where words may differ, that differs, too.
+_ASKED = ("language", "question", "shape", "numbers", "weak_numbers", "quantities", "names", "identifiers")
 
 
 def _turned_round(cached: Profile, new: Profile) -> bool:

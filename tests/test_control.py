@@ -514,7 +514,7 @@ def test_a_plain_generation_may_be_reported_by_its_lookup_id(make_cache):
 def test_a_text_in_other_words_is_answered_by_meaning_once(make_cache, repeats, tiers):
     cache = make_cache(repeats=repeats, min_similarity=0.5)
     taught(cache, "How do I purchase a reader card here?", "At the desk")
-    other_words = "How do I buy a reader card here?"
+    other_words = "How do you buy a reader card here?"
     found = [asked(cache, other_words) for _ in range(2)]
     assert "".join("s" if f else "m" for f in found) == tiers
     if repeats != "serve":
@@ -523,10 +523,15 @@ def test_a_text_in_other_words_is_answered_by_meaning_once(make_cache, repeats, 
         assert asked(cache, other_words) == "At the desk, with a passport"
 
 
-def test_a_text_in_the_same_words_is_answered_by_meaning_each_time(make_cache):
-    cache = make_cache()
-    taught(cache)
-    assert [asked(cache, NEAR_BOOK) for _ in range(3)] == ["28 days"] * 3
+@pytest.mark.parametrize(
+    "text",
+    ["How can I buy reader cards?", "How do I purchase reader cards?", "Please, how do I purchase the reader card?"],
+)
+def test_a_text_in_hardly_other_words_is_answered_by_meaning_each_time(make_cache, text):
+    """Words such as "the" and "can", inflection and synonyms: there is nothing that the guards could have missed."""
+    cache = make_cache(min_similarity=0.5)
+    taught(cache, "How do I purchase the reader card?" if "the" in text else "How do I purchase reader cards?", "Here")
+    assert [asked(cache, text) for _ in range(3)] == ["Here"] * 3
 
 
 def test_explaining_does_not_count_as_asking(make_cache):

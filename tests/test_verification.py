@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from langchain_aegis.lexicon import lexicon
 from langchain_aegis.profiles import COUNTS, NAMES, PHRASES, REPEATS, STARTS
 from langchain_aegis.tokens import PLAIN_TEXT, SYMBOL, TOKEN, WORD
-from langchain_aegis.verification import GUARDS, Profile, compare, nearer, profile, thresholds
+from langchain_aegis.verification import GUARDS, Profile, compare, hardly_differ, nearer, profile, thresholds
 
 KEY = b"a key of the tests"
 profile("")  # reads the lexicon, so that no example pays for it
@@ -318,3 +318,23 @@ def test_giving_is_not_getting_and_what_is_left_out_is_not_what_is_there(cached,
 def test_a_word_that_asks_is_no_giving_and_a_sentence_may_begin_with_what_is_left_out():
     assert reasons("Can you give me the price?", "Can I get the price?") == ()
     assert reasons("Can I sit the test without the course?", "Without the course, may I sit the test?") == ()
+
+
+@pytest.mark.parametrize(
+    ("cached", "new", "alike"),
+    [
+        ("How do I reserve a study room?", "How can I reserve a study room?", True),
+        ("How do I reserve a study room?", "How to reserve a study room?", True),
+        ("How do I buy tickets?", "How do I purchase a ticket?", False),  # one, or several
+        ("How do I buy tickets?", "How could I purchase the tickets?", True),
+        ("Wie kann ich das Zelt buchen?", "Wie könnte man das Zelt reservieren?", True),
+        ("Can anyone join the club?", "Can you join the club?", False),
+        ("How can I train my dog?", "How should I train my dog?", False),
+        ("What is the best lamp? Why?", "What is the best lamp?", False),
+        ("Does the parser call the lexer?", "Does the lexer call the parser?", False),
+        ("How do I feed a cat?", "How do I feed a cow?", False),
+    ],
+)
+def test_a_hit_in_hardly_other_words_may_be_repeated(cached, new, alike):
+    assert hardly_differ(profile(cached), profile(new)) is alike
+    assert hardly_differ(profile(new), profile(cached)) is alike
