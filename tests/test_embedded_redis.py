@@ -245,8 +245,8 @@ def test_neither_descriptors_nor_zombies_remain(home, open_descriptors):
         with EmbeddedRedis(shared=shared) as server:
             assert server.pid
         assert children() == []
-    gc.collect()
-    assert open_descriptors() == before
+    gc.collect()  # also what earlier tests have left: fewer descriptors than before are no leak
+    assert open_descriptors() <= before
 
 
 def test_an_interrupt_in_the_terminal_reaches_neither_keeper_nor_server(home):
