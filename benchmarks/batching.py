@@ -307,8 +307,11 @@ def server_of_its_own(**told):
 
 
 def overload(told):
-    seconds, service_s = told.seconds, 0.5
+    for service_s in (0.1, 0.5):
+        yield overloaded(told.seconds, service_s)
 
+
+def overloaded(seconds, service_s):
     async def closed_loop(model, length_s):
         """As many answers a second as the server can give."""
         end, count = time.perf_counter() + length_s, 0
@@ -356,8 +359,9 @@ def overload(told):
 
     with server_of_its_own(slots=SLOTS, words=8, tokens_per_s=20 / service_s) as url:
         capacity, counts, done, sent = asyncio.run(both())
-    yield (
-        f"{sent / seconds:.0f} calls a second for {seconds:g} s at a capacity of {capacity:.0f}: goodput",
+    return (
+        f"answers of {service_s} s, {sent / seconds:.0f} calls a second for {seconds:g} s at a capacity of "
+        f"{capacity:.0f}: goodput",
         f"{counts['answered'] / seconds / capacity:.1%} of capacity",
         f"{counts['answered']:,} answered in time, {counts['refused']:,} refused; "
         f"p99 of the answered {at(done, 0.99):.1f} s",
