@@ -41,7 +41,8 @@ class BatchingRunnable(Bulk, RunnableSerializable[Any, Any]):
             Calls are only the same within one tenant, user, task, `configurable` and set of keyword arguments.
         max_concurrency: Most calls under way. A streaming call counts until its stream ends.
         max_waiting: Most calls that wait; callers that share a call, and items of batches, do not count.
-        window_ms: How long waiting calls may be collected to be put in a better order, in milliseconds.
+        window_ms: Accepted as by the other wrappers, without effect: nothing is known of a Runnable's prompts, so its
+            calls run first come, first served.
         max_batch: How many items of a `.batch` wait in the queue.
         deadline_s: Seconds after which a caller gets `AegisDeadlineError`.
 
