@@ -17,7 +17,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from langchain_aegis.bounds import MAX_BATCH, MAX_CONCURRENCY, MAX_WAITING, WINDOW_MS, check_bounds
@@ -29,7 +28,7 @@ from langchain_aegis.errors import (
 from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.live import live
 from langchain_aegis.queues import Line
-from langchain_aegis.tallies import EVENTS, Row, Tally
+from langchain_aegis.tallies import EVENTS, AdmissionStats, Tally
 from langchain_aegis.tickets import State, Ticket, held_tickets
 from langchain_aegis.traits import NO_TRAITS, Priority, Traits, priority
 from langchain_aegis.wakers import Waker
@@ -42,28 +41,6 @@ _FADING = 0.05  # how fast a long service time is forgotten
 _LONGEST_RETRY_S = 60.0
 _DEAD_LOOP_CHECK_S = 1.0
 _PATIENCE_S = 2.0  # for so long, or twice a service time, a call may be overtaken by those that suit the server better
-
-
-@dataclass(frozen=True, slots=True)
-class AdmissionStats:
-    """One moment of an `Admission`: gauges first, then counts since it was made."""
-
-    max_concurrency: int
-    max_waiting: int
-    running: int
-    waiting: int  # calls that count against max_waiting
-    waiting_bulk: int  # items of batches, and others that wait without counting
-    waiting_spare: int  # background traffic
-    oldest_s: float  # seconds that the call has waited that waits longest
-    service_s: float | None  # smoothed time that a slot is held, in seconds
-    served: int
-    refused: int
-    expired: int
-    cancelled: int  # left the queue by themselves
-    merged: int  # were answered by another one's call
-    prefixes_reused: int  # turns given to calls whose prompt begins like the one before in their slot
-    reloads_avoided: int  # turns given to calls that need what was loaded, past one that needs something else
-    rows: tuple[Row, ...]  # the counts by model and tenant
 
 
 class Admission:
@@ -216,6 +193,27 @@ class Admission:
         for other in running:
             other.look()
         return ticket
+
+    def turn_away(self, traits: Traits) -> None:
+        """Raise what `enter` would raise for an interactive call that is to be refused when the queue is full.
+
+        Takes nothing and waits for nothing; returns when the call may have a chance, which `enter` then decides.
+
+        Raises:
+            AegisOverloadedError: The queue is full.
+        """
+        if not self.full or self._clock() >= self._next_purge:  # the second: calls of closed loops make room
+            return
+        with self._lock:
+            refused = not self._closed and self.full and len(self._line) and self._line.rival(traits.tenant) is None
+            if refused:
+                self._tally.count("refused", traits)
+                refusal = self._overloaded()
+        live.touch()
+        if self._gone:
+            self._settle()
+        if refused:
+            raise refusal
 
     @contextlib.contextmanager
     def slot(self, **arguments: Any) -> Iterator[Ticket]:

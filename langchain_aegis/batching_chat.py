@@ -10,9 +10,7 @@ from functools import cached_property
 from inspect import signature
 from typing import Any, cast
 
-from langchain_core.caches import BaseCache
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
-from langchain_core.globals import get_llm_cache
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
@@ -36,9 +34,10 @@ from langchain_aegis.scope import ReadAnywhere, current, read_anywhere, seen_con
 from langchain_aegis.servers import admission_of, check_arguments
 from langchain_aegis.settings import AegisSettings
 from langchain_aegis.stamps import last_lookup
+from langchain_aegis.turning_away import TurningAway
 
 
-class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # LangChain overloads them by literals
+class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore[misc]  # LangChain overloads them by literals
     """Any chat model, with at most `max_concurrency` calls under way and a bounded queue in front.
 
     A call beyond the bounds is refused at once with `AegisOverloadedError`, before LangChain does anything for it.
@@ -343,6 +342,8 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
         *, streams: bool = False, **how: Any,
     ) -> Entry[ChatResult]:  # fmt: skip
         """Take a place for a call, unless a cache may answer it: then it is decided after the lookup."""
+        if wait == "refuse":
+            self.turn_away(prompt, kwargs, how.get("config"))
         entry = self._entry(wait, prompt, kwargs, **how)
         asks = may_look_up(self) if streams else self._has_cache()
         if not (asks and current().cache == "use"):
@@ -395,9 +396,6 @@ class BatchingChatModel(Bulk, ForwardingChatModel):  # type: ignore[misc]  # Lan
         """Whether an outer entry point of this very call has taken its place already."""
         entry = _entered.get()
         return entry is not None and entry.owner is self.inner and entry.opened and not entry.claimed
-
-    def _has_cache(self) -> bool:
-        return isinstance(self.cache, BaseCache) or (self.cache is not False and get_llm_cache() is not None)
 
     def _key(
         self, prompt: LanguageModelInput, stop: list[str] | None, kwargs: Mapping[str, Any],

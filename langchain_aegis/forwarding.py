@@ -164,6 +164,10 @@ class ForwardingChatModel(BaseChatModel):
         """Return what the model made of itself with the wrapper in the model's place."""
         return _replace(made, self)
 
+    def _rebound(self, made: RunnableBinding[Any, Any], bound: Runnable[Any, Any]) -> Runnable[Any, Any]:
+        """Return a binding of the model's as one of `bound`."""
+        return made.model_copy(update={"bound": bound})
+
 
 def _replace(made: Runnable[Any, Any], wrapper: ForwardingChatModel) -> Runnable[Any, Any]:
     if made is wrapper.inner:
@@ -172,7 +176,7 @@ def _replace(made: Runnable[Any, Any], wrapper: ForwardingChatModel) -> Runnable
         # The model made a changed copy of itself. The copy is wrapped alike, and goes through the same admission.
         return wrapper.model_copy(update={"inner": made})
     if isinstance(made, RunnableBinding):
-        return made.model_copy(update={"bound": _replace(made.bound, wrapper)})
+        return wrapper._rebound(made, _replace(made.bound, wrapper))
     if isinstance(made, RunnableSequence):
         return RunnableSequence(*(_replace(step, wrapper) for step in made.steps), name=made.name)
     if isinstance(made, RunnableParallel):

@@ -13,11 +13,10 @@ try:
 except ImportError as exc:
     raise ImportError(f"{exc}; run: pip install 'langchain-aegis[metrics]'", name=exc.name) from exc
 
-from langchain_aegis.admission import AdmissionStats
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.reloads import reloads
 from langchain_aegis.servers import admissions
-from langchain_aegis.tallies import BOUNDS_S, EVENTS, Row
+from langchain_aegis.tallies import BOUNDS_S, EVENTS, AdmissionStats, Row
 
 PREFIX: Final = "aegis_admission"
 

@@ -35,20 +35,23 @@ def traits_of_chat(
     told = model.__dict__
     options = kwargs.get("options")
     given = {**options, **kwargs} if isinstance(options, Mapping) else kwargs
-    name = given.get("model") or told.get("model") or told.get("model_name")
+    name = _model_name(told, given)
     runner: tuple[Any, ...] | None = None
-    if isinstance(name, str):
+    if name is not None:
         # Only what Ollama's clients have; of others, such as vLLM's, the model's name alone decides.
-        asked = tuple(_plain(given[o] if o in given else told.get(o)) for o in RUNNER_OPTIONS)
-        name = normalise_model(name) if "num_ctx" in told else name
-        runner = (name, *asked)
+        runner = (name, *(_plain(given[o] if o in given else told.get(o)) for o in RUNNER_OPTIONS))
     tools = kwargs.get("tools")
     return Traits(
         tenant=_tenant() if tenant is None else tenant,
-        model=name if isinstance(name, str) else None,
+        model=name,
         runner=runner,
         prefix=functools.partial(prefix_of, prompt, tools),
     )
+
+
+def counted_as(model: BaseChatModel, kwargs: Mapping[str, Any]) -> Traits:
+    """Return of a call's traits only those by which it is counted; arguments as in `traits_of_chat`."""
+    return Traits(_tenant(), _model_name(model.__dict__, kwargs))
 
 
 def traits_of_request(call: Call, body: Mapping[str, Any]) -> Traits:
@@ -85,6 +88,13 @@ def _texts(prompt: str | Sequence[BaseMessage | Mapping[str, Any]]) -> Iterator[
             role, content = message["role"], message.get("content") or ""
         yield role
         yield content if isinstance(content, str) else repr(content)
+
+
+def _model_name(told: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+    name = given.get("model") or told.get("model") or told.get("model_name")
+    if not isinstance(name, str):
+        return None
+    return normalise_model(name) if "num_ctx" in told else name
 
 
 def _plain(value: Any) -> Any:

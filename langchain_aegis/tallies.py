@@ -62,6 +62,28 @@ class Row:
         return 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class AdmissionStats:
+    """One moment of an `Admission`: gauges first, then counts since it was made."""
+
+    max_concurrency: int
+    max_waiting: int
+    running: int
+    waiting: int  # calls that count against max_waiting
+    waiting_bulk: int  # items of batches, and others that wait without counting
+    waiting_spare: int  # background traffic
+    oldest_s: float  # seconds that the call has waited that waits longest
+    service_s: float | None  # smoothed time that a slot is held, in seconds
+    served: int
+    refused: int
+    expired: int
+    cancelled: int  # left the queue by themselves
+    merged: int  # were answered by another one's call
+    prefixes_reused: int  # turns given to calls whose prompt begins like the one before in their slot
+    reloads_avoided: int  # turns given to calls that need what was loaded, past one that needs something else
+    rows: tuple[Row, ...]  # the counts by model and tenant
+
+
 class Tally:
     """Counts by model and tenant. Not thread-safe: its admission's lock guards it."""
 

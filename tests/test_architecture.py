@@ -28,7 +28,7 @@ ORDER = [
     "traits", "prefixes", "late_messages",
     "live", "bounds", "wakers", "tickets", "tallies", "queues", "admission", "balance", "pools", "progress",
     "bulk", "pulses", "own_errors", "broadcasts", "flights",
-    "calls", "forwarding", "servers", "copies", "merging", "kept_streams",
+    "calls", "forwarding", "servers", "copies", "merging", "turning_away", "kept_streams",
     "budgets", "embedder", "verifiers", "agreement", "shadow", "reasons", "lookup", "results",
     "scopes_seen", "cache_options", "reports", "pairs", "calibration", "engine", "performer", "explain",
     "invalidations", "pipelines", "transfer", "control",
