@@ -66,7 +66,8 @@ class Line:
         self._total = 0
         self._since_bulk = 0
         self._loaded: Hashable = None  # the runner that was asked for last
-        self._loaded_since = 0.0
+        self._loaded_since = 0.0  # when it was
+        self._ready_since: float | None = None  # when it had answered for the first time; None before
         self._resident: dict[str | None, Hashable] = {}  # of each model the runner that was asked for last
         self._warm: deque[Warm] = deque()  # of the slots that were left last, the newest at the end
         self.prefixes_reused = 0  # turns given to calls that begin like the one before them in their slot
@@ -119,7 +120,7 @@ class Line:
         """Note that a call runs, whether or not it had to wait."""
         runner = ticket.traits.runner
         if runner is not None and runner != self._loaded:
-            self._loaded, self._loaded_since = runner, clock()
+            self._loaded, self._loaded_since, self._ready_since = runner, clock(), None
             self._resident.pop(ticket.traits.model, None)
             self._resident[ticket.traits.model] = runner
             if len(self._resident) > _MODELS:
@@ -127,6 +128,8 @@ class Line:
 
     def leaving(self, ticket: Ticket, slots: int, now: float) -> None:
         """Note that a call has left one of `slots` slots."""
+        if self._ready_since is None and ticket.started is not None and ticket.traits.runner == self._loaded:
+            self._ready_since = now
         if not ticket.prefix and not self._warm:
             return
         self._warm.append(Warm(ticket.prefix, ticket.in_a_row, ticket.since if ticket.in_a_row else now))
@@ -206,7 +209,7 @@ class Line:
         if loaded is None:
             return choice
         fitting = [t for t in choice if t.traits.runner is None or t.traits.runner == loaded]
-        if not fitting and (not overdue or now - self._loaded_since < half_s):
+        if not fitting and (not overdue or self._just_loaded(now, half_s)):
             fitting = [t for t in pool if t.traits.runner is None or t.traits.runner == loaded]
             for queue in islice(tenants.values(), 1, None if fitting else _TENANTS_LOOKED_AT):
                 if fitting:
@@ -221,6 +224,15 @@ class Line:
             if pool[0].passed is None:
                 pool[0].passed = now
         return fitting
+
+    def _just_loaded(self, now: float, half_s: float) -> bool:
+        """Whether the runner that was asked for last has had less than `half_s` to answer calls.
+
+        The time that it takes to load is not counted, up to as much again: whoever waits would wait for it anyway, and
+        were it counted, a server whose loads take longer than its answers would do little else.
+        """
+        since = self._ready_since
+        return now - (self._loaded_since + half_s if since is None else since) < half_s
 
     @staticmethod
     def _overdue(queue: Queue, pool: Iterable[Ticket], now: float, half_s: float) -> set[Ticket]:

@@ -18,11 +18,12 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.globals import set_llm_cache
 from langchain_core.language_models import BaseChatModel
+from langchain_core.load import dumpd
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import JsonOutputParser
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.prompts import ChatPromptTemplate
-from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables import RunnableBinding, RunnableLambda
 from langchain_core.tools import tool
 from langchain_core.tracers._streaming import _StreamingCallbackHandler
 from langchain_core.utils.function_calling import convert_to_openai_tool
@@ -237,6 +238,57 @@ async def test_a_refused_call_has_started_no_run():
     with pytest.raises(AegisOverloadedError):
         await wrapper.ainvoke("q", config={"callbacks": [handler]})
     assert handler.starts == []
+
+
+async def test_a_binding_asks_before_it_merges_configs(monkeypatch):
+    """Under overload most calls are refused, and LangChain's merging is most of what that would cost."""
+    wrapper = BatchingChatModel(Fake(), max_concurrency=1, max_waiting=0)
+    fill(wrapper)
+    admission = wrapper.admission
+    held = [admission.enter(wait="patient")]
+    monkeypatch.setattr(admission, "_next_purge", float("inf"))  # once a second a call goes the long way, and tidies up
+    monkeypatch.setattr(RunnableBinding, "_merge_configs", lambda *_: pytest.fail("merged"))
+    for binding in (wrapper.bind(stop=["x"]), wrapper.bind_tools([weather]), wrapper.bind(stop=["x"]).bind(seed=1)):
+        for ask in (binding.ainvoke, lambda q, b=binding: asyncio.to_thread(b.invoke, q),
+                    lambda q, b=binding: consume(b.astream(q)),
+                    lambda q, b=binding: asyncio.to_thread(lambda: list(b.stream(q)))):  # fmt: skip
+            with pytest.raises(AegisOverloadedError):
+                await ask("q")
+    assert admission.stats().refused == 12
+    assert {(row.model, row.tenant) for row in admission.stats().rows if row.refused} == {(wrapper.inner.model, None)}
+    assert held
+
+
+async def test_a_quick_refusal_leaves_the_joinable_the_named_and_the_waiting_alone():
+    """What would get in, or share a call, the long way, does so through a full queue's bindings too."""
+    gate = asyncio.Event()
+    wrapper = BatchingChatModel(Fake(gate=gate, temperature=0), max_concurrency=1, max_waiting=2)
+    binding = wrapper.bind(stop=["x"])
+    first = asyncio.create_task(binding.ainvoke("same"))
+    await settle()
+    with aegis_scope(tenant="greedy"):
+        waiting = [asyncio.create_task(binding.ainvoke(f"q {i}")) for i in range(2)]
+        await settle()
+    joined = asyncio.create_task(binding.ainvoke("same"))
+    await settle()
+    with aegis_scope(tenant="greedy"), pytest.raises(AegisOverloadedError):
+        await binding.ainvoke("one too many")
+    with aegis_scope(tenant="modest"):
+        modest = asyncio.create_task(binding.ainvoke("theirs"))
+    await settle()
+    gate.set()
+    assert (await joined).content == (await first).content
+    assert (await modest).content
+    refused = [r for r in await asyncio.gather(*waiting, return_exceptions=True) if isinstance(r, AegisOverloadedError)]
+    assert len(refused) == 1
+    assert len(wrapper.inner.calls) == 3
+
+
+def test_a_binding_is_written_as_langchains():
+    wrapper = BatchingChatModel(Fake())
+    assert dumpd(wrapper.bind(stop=["x"]))["id"] == dumpd(RunnableBinding(bound=wrapper, kwargs={}))["id"]
+    assert wrapper.bind(stop=["x"]).kwargs == {"stop": ["x"]}
+    assert wrapper.bind_tools([weather]).bound is wrapper
 
 
 async def test_ten_thousand_at_once():

@@ -250,6 +250,27 @@ def test_calls_for_one_runner_follow_each_other(tenants, service_s, load_s, most
     assert simulation.admission.stats().reloads_avoided > 20
 
 
+@pytest.mark.parametrize("tenants", [1, 3])
+def test_a_runner_that_takes_long_to_load_has_time_to_answer(tenants):
+    """Answers and loads of a second, loads one after another: whoever waits does so for the load, not for others."""
+    simulation, loaded, reloads, idle_at = Simulation(4), {}, 0, 0.0
+
+    def took_s(traits):
+        nonlocal reloads, idle_at
+        known = loaded.get(traits.model)
+        loaded[traits.model] = traits.runner
+        reloads += known not in (None, traits.runner)
+        if known != traits.runner:
+            idle_at = max(simulation.clock.now, idle_at) + 1.0
+        return 1.0 + (max(0.0, idle_at - simulation.clock.now) if known != traits.runner else 0.0)
+
+    for n in range(100):
+        model, window = "ab"[n % 2], n // 2 % 2
+        simulation.at(n * 1e-4, call(tenant=str(n % tenants), model=model, runner=(model, window)), took_s)
+    simulation.run()
+    assert reloads <= 9
+
+
 def test_nobody_is_overtaken_for_longer_than_its_patience():
     """Calls of one runner come without end; one that needs another waits for two seconds and a slot, not for ever."""
     simulation = Simulation(2)
