@@ -259,20 +259,21 @@ async def test_a_binding_asks_before_it_merges_configs(monkeypatch):
     assert held
 
 
-async def test_a_quick_refusal_leaves_the_joinable_the_named_and_the_waiting_alone():
+async def test_a_quick_refusal_leaves_the_joinable_the_named_and_the_waiting_alone(monkeypatch):
     """What would get in, or share a call, the long way, does so through a full queue's bindings too."""
     gate = asyncio.Event()
     wrapper = BatchingChatModel(Fake(gate=gate, temperature=0), max_concurrency=1, max_waiting=2)
+    monkeypatch.setattr(wrapper.admission, "_next_purge", float("inf"))
     binding = wrapper.bind(stop=["x"])
-    first = asyncio.create_task(binding.ainvoke("same"))
-    await settle()
     with aegis_scope(tenant="greedy"):
+        first = asyncio.create_task(binding.ainvoke("same"))
+        await settle()
         waiting = [asyncio.create_task(binding.ainvoke(f"q {i}")) for i in range(2)]
         await settle()
-    joined = asyncio.create_task(binding.ainvoke("same"))
-    await settle()
-    with aegis_scope(tenant="greedy"), pytest.raises(AegisOverloadedError):
-        await binding.ainvoke("one too many")
+        joined = asyncio.create_task(binding.ainvoke("same"))
+        await settle()
+        with pytest.raises(AegisOverloadedError):
+            await binding.ainvoke("one too many")
     with aegis_scope(tenant="modest"):
         modest = asyncio.create_task(binding.ainvoke("theirs"))
     await settle()
