@@ -6,7 +6,7 @@ and an answer counts only when exactly one part said `done: true`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import orjson
@@ -56,6 +56,9 @@ class Parts:
         self._total += len(data)
         if self._total > self._max_total:
             raise self._broken(f"the answer is longer than {self._max_total} bytes")
+        if not self._buffer and data.find(b"\n") == len(data) - 1:  # one whole line, as servers send them
+            part = self._read(data)
+            return [] if part is None else [part]
         self._buffer += data
         parts = []
         while (end := self._buffer.find(b"\n", self._searched)) >= 0:
@@ -97,7 +100,7 @@ class Parts:
         if self.done:
             warn_once("data_after_done", "an Ollama server sent more after the end of an answer; it was ignored")
             return None
-        part = parse_object(line, partial=self.partial, refuse=self.refuse)
+        part = parse_object(line, texts=self._texts, refuse=self.refuse)
         self._accept(part, line)
         return part
 
@@ -137,8 +140,15 @@ class PullParts(Parts):
         self.done = part["status"] == "success"
 
 
-def parse_object(body: bytes, *, partial: str = "", refuse: Callable[..., AegisError] = error_line) -> dict[str, Any]:
+def parse_object(
+    body: bytes, *, texts: Iterable[str] = (), refuse: Callable[..., AegisError] = error_line
+) -> dict[str, Any]:
     """Return the JSON object that `body` holds.
+
+    Args:
+        body: The JSON text.
+        texts: What had come before it, for the errors' `partial`; put together only when one is raised.
+        refuse: Makes the error of the object's `error`.
 
     Raises:
         AegisStreamError: It is no JSON object.
@@ -147,11 +157,11 @@ def parse_object(body: bytes, *, partial: str = "", refuse: Callable[..., AegisE
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as exc:
-        raise AegisStreamError(f"not an answer of Ollama: {_quote(body)}", partial=partial) from exc
+        raise AegisStreamError(f"not an answer of Ollama: {_quote(body)}", partial="".join(texts)) from exc
     if not isinstance(value, dict):
-        raise AegisStreamError(f"not an answer of Ollama: {_quote(body)}", partial=partial)
+        raise AegisStreamError(f"not an answer of Ollama: {_quote(body)}", partial="".join(texts))
     if error := value.get("error"):
-        raise refuse(error, partial=partial)
+        raise refuse(error, partial="".join(texts))
     return value
 
 

@@ -106,18 +106,19 @@ def test_connections_are_used_again(server, ollama, way):
 
 
 @settings(deadline=None)
-@given(st.lists(st.text(max_size=8), max_size=6), st.integers(1, 7))
+@given(st.lists(st.text(max_size=8), max_size=6), st.integers(1, 7) | st.none())
 def test_text_arrives_exactly_however_it_is_cut(texts, size):
-    """Line separators of Unicode, carriage returns and split characters change nothing."""
+    """Line separators of Unicode, carriage returns and split characters change nothing, nor does a piece per line."""
     data = (
         b"\xef\xbb\xbf"
         + b"\n\r\n".join(orjson.dumps({"message": {"content": each}, "done": False}) for each in texts)
         + b"\r\n"
         + END
     )
+    pieces = data.splitlines(keepends=True) if size is None else None
     parts, found = ChatParts(), []
-    for start in range(0, len(data), size):
-        found += parts.feed(data[start : start + size])
+    for piece in pieces or (data[start : start + size] for start in range(0, len(data), size)):
+        found += parts.feed(piece)
     assert text(found + parts.finish()) == "".join(texts)
 
 
