@@ -112,7 +112,7 @@ class CachedChat(ChatOllama):
         self, generations: list[ChatGeneration], *, run_manager: CallbackManagerForLLMRun | None, **kwargs: Any
     ) -> None:
         messages = freshen(generations, _message_id(run_manager), self.output_version)
-        if run_manager is None:
+        if run_manager is None or not run_manager.handlers:  # nobody to tell
             return
         told = {"async_api": False, "run_manager": run_manager, **kwargs}
         if self._should_use_protocol_streaming(**told):
@@ -128,7 +128,7 @@ class CachedChat(ChatOllama):
         self, generations: list[ChatGeneration], *, run_manager: AsyncCallbackManagerForLLMRun | None, **kwargs: Any
     ) -> None:
         messages = freshen(generations, _message_id(run_manager), self.output_version)
-        if run_manager is None:
+        if run_manager is None or not run_manager.handlers:  # nobody to tell
             return
         told = {"async_api": True, "run_manager": run_manager, **kwargs}
         if self._should_use_protocol_streaming(**told):

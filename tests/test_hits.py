@@ -16,7 +16,7 @@ from langgraph.graph import START, MessagesState, StateGraph
 from langchain_aegis import ChatAegis
 from langchain_aegis.errors import AegisStreamError
 from langchain_aegis.notices import forget_warnings
-from langchain_aegis.replays import as_chunks, complete_usage
+from langchain_aegis.replays import as_chunks, complete_usage, freshen
 from langchain_aegis.scope import who
 from langchain_aegis.testing import ScriptedModel, ScriptedOllama
 
@@ -314,6 +314,40 @@ def test_a_hit_shares_nothing_with_the_cache(model, way):
     again = ask(model, way)
     assert (again.content, again.additional_kwargs) == (content, {})
     assert again.response_metadata == metadata
+
+
+def test_a_hit_shares_nothing_below_the_surface_either():
+    """Nested values, fields that only the stored message has, and what is no plain data."""
+
+    def made():
+        return AIMessage(
+            content=[{"type": "text", "text": "hi", "annotations": [{"a": 1}]}],
+            id="run-1",
+            additional_kwargs={"deep": {"list": [{"a": 1}]}},
+            response_metadata={"tags": {"x"}, "pair": ([1],), "logprobs": [{"token": "hi", "top": [1]}]},
+            tool_calls=[{"name": "f", "args": {"where": ["a"]}, "id": "1"}],
+            usage_metadata={
+                "input_tokens": 1,
+                "output_tokens": 2,
+                "total_tokens": 3,
+                "input_token_details": {"audio": 1},
+            },
+            own={"field": [1]},
+        )
+
+    stored = ChatGeneration(message=made())
+    (hit,) = freshen([stored], "run-2", "v1")
+    assert hit == made().model_copy(update={"id": "run-2"})
+    assert hit.model_extra == {"own": {"field": [1]}}
+    hit.content[0]["annotations"][0]["a"] = 2
+    hit.additional_kwargs["deep"]["list"][0]["a"] = 2
+    hit.response_metadata["tags"].add("y")
+    hit.response_metadata["pair"][0].append(2)
+    hit.response_metadata["logprobs"][0]["top"].append(2)
+    hit.tool_calls[0]["args"]["where"].append("b")
+    hit.usage_metadata["input_token_details"]["audio"] = 2
+    hit.own["field"].append(2)
+    assert stored.message == made()
 
 
 def test_a_hit_without_usage_gets_complete_usage(server, cache, way):
