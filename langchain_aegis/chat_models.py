@@ -33,6 +33,7 @@ from langchain_aegis.options import (
     ALIASES,
     MODEL_OPTIONS,
     Call,
+    Standing,
     check_keep_alive,
     check_model,
     check_names,
@@ -40,6 +41,7 @@ from langchain_aegis.options import (
     merge,
     option_error,
     resolve_aliases,
+    standing,
 )
 from langchain_aegis.overflow import Fit, Policy, Trim
 from langchain_aegis.pools import Pool
@@ -206,14 +208,23 @@ class ChatAegis(CachedChat):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        return self._identity(self._call(None, {}))
+        # The inner dicts and lists too: whoever is given this may change it.
+        return {
+            name: value.copy() if isinstance(value, (dict, list)) else value
+            for name, value in self._standing().identity.items()
+        }
+
+    def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
+        # LangChain's own switches the warnings of the whole process off and on, in every call.
+        return {**self.asdict(), "stop": stop, **kwargs}
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        return llm_string(self._identity(self._call(stop, kwargs)))
+        return self._named(self._call(stop, kwargs)) if kwargs or stop is not None else self._standing().llm_string
 
-    def _identity(self, call: Call) -> dict[str, Any]:
-        version = self.output_version if self.output_version != "v0" else None
-        return call.identity(output_version=version)
+    def _named(self, call: Call) -> str:
+        """Return what a cache is told about a call."""
+        told = self._standing()
+        return told.llm_string if call is told.call else llm_string(call.identity(output_version=told.output_version))
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         call = self._call(stop, kwargs)
@@ -234,18 +245,25 @@ class ChatAegis(CachedChat):
         return merge(self._defaults(), arguments, stop=stop, resolve_format=self._resolve_format_param)
 
     def _defaults(self) -> Call:
-        values = self.__dict__
-        return Call(
-            model=self.model,
-            options={name: value for name in MODEL_OPTIONS if (value := values.get(name)) is not None},
-            stop=None if self.stop is None else check_stop(self.stop),
-            format=self.format or None,
-            think=self.reasoning,
-            logprobs=self.logprobs,
-            top_logprobs=self.top_logprobs,
-            keep_alive=check_keep_alive(self._default_keep_alive if self.keep_alive is None else self.keep_alive),
-            truncate=self.on_overflow == "warn",  # False makes the server refuse what it would cut in silence
+        return self._standing().call
+
+    def _standing(self) -> Standing:
+        told: tuple[Any, ...] = (
+            self.model,
+            None if self.stop is None else check_stop(self.stop),
+            self.format or None,
+            self.reasoning,
+            self.logprobs,
+            self.top_logprobs,
+            self._default_keep_alive if self.keep_alive is None else self.keep_alive,
+            self.on_overflow == "warn",  # False makes the server refuse what it would cut in silence
+            self.output_version if self.output_version != "v0" else None,
+            *map(self.__dict__.get, MODEL_OPTIONS),
         )
+        try:
+            return standing(*told)
+        except TypeError:  # a schema cannot be a key
+            return standing.__wrapped__(*told)
 
     # -- calls --
 
@@ -359,7 +377,7 @@ class ChatAegis(CachedChat):
         if self.cache is False or not StreamEntry.applies(self):
             return None
         cache = self.cache if isinstance(self.cache, BaseCache) else get_llm_cache()
-        return StreamEntry(cache, messages, llm_string(self._identity(call)), self._shown_config) if cache else None
+        return StreamEntry(cache, messages, self._named(call), self._shown_config) if cache else None
 
     def _storable(self, part: dict[str, Any], call: Call) -> ChatGeneration:
         """Return the generation that LangChain would store had the answer not been streamed."""

@@ -6,12 +6,13 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any
 
 from pydantic import ValidationError
 
 from langchain_aegis.errors import AegisOptionError
-from langchain_aegis.identity import identify
+from langchain_aegis.identity import identify, llm_string
 
 # Ollama's options and what they hold (api/types.go of 0.33; those from mirostat on are read by older servers only).
 # The server ignores an unknown name in silence, and answers 500 to a wrong type.
@@ -91,6 +92,64 @@ class Call:
             "shift": self.shift,
         }
         return {name: value for name, value in fields.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a model asks for in a call without arguments. Models with equal options share it: not to be changed.
+
+    Attributes:
+        call: The call.
+        output_version: LangChain's form of the message, if it is another than Ollama's.
+    """
+
+    call: Call
+    output_version: str | None
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides about the answers."""
+        return self.call.identity(output_version=self.output_version)
+
+    @cached_property
+    def llm_string(self) -> str:
+        """The identity as the text that LangChain passes to a cache; see `identity.llm_string`."""
+        return llm_string(self.identity)
+
+
+@lru_cache(maxsize=256, typed=True)  # typed: 1, 1.0 and True are sent as they are
+def standing(
+    model: str,
+    stop: tuple[str, ...] | None,
+    form: str | Mapping[str, Any] | None,
+    think: bool | str | None,
+    logprobs: bool | None,
+    top_logprobs: int | None,
+    keep_alive: float | str,
+    truncate: bool,
+    output_version: str | None,
+    *options: Any,
+) -> Standing:
+    """Return what a model with these values asks for, worked out once.
+
+    `options` are those of `MODEL_OPTIONS`, in its order.
+
+    Raises:
+        AegisOptionError: `keep_alive` is none.
+        TypeError: A value, such as a schema, cannot be a key; `standing.__wrapped__` takes it.
+    """
+    call = Call(
+        model=model,
+        options={name: value for name, value in zip(MODEL_OPTIONS, options, strict=True) if value is not None},
+        stop=stop,
+        format=form,
+        think=think,
+        logprobs=logprobs,
+        top_logprobs=top_logprobs,
+        keep_alive=check_keep_alive(keep_alive),
+        truncate=truncate,
+    )
+    return Standing(call, output_version)
 
 
 def merge(

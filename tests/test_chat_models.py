@@ -639,6 +639,48 @@ def test_merging_keeps_what_is_not_named(made, inner, named):
     assert (base.model, base.keep_alive) == (merged.model, merged.keep_alive)
 
 
+def test_a_changed_model_has_another_name_and_another_request():
+    """What is worked out once for equal options notices every change, in place too, and every type."""
+    model = ChatAegis("m", stop=["a"], format={"type": "object", "properties": {}})
+
+    def seen():
+        return model._get_llm_string(), dumps([model._identifying_params, model._chat_params([HumanMessage("hi")])])
+
+    found = [seen()]
+    model.stop.append("b")
+    found.append(seen())
+    model.format["properties"]["n"] = {"type": "integer"}
+    found.append(seen())
+    for name, value in (("format", None), ("temperature", 1), ("num_predict", 5), ("stop", None), ("reasoning", True),
+                        ("output_version", "v1"), ("on_overflow", "warn"), ("model", "other")):  # fmt: skip
+        setattr(model, name, value)
+        found.append(seen())
+    model = model.model_copy(update={"top_k": 3})
+    found.append(seen())
+    names, requests = zip(*found, strict=True)
+    assert len(set(names)) == len(set(requests)) == len(found)
+
+    sent = {}
+    for value in (1, True, 1.0):
+        model.logprobs = value
+        sent[type(value)] = model._chat_params([])["logprobs"]
+    assert all(type(value) is kind for kind, value in sent.items())
+
+
+def test_who_changes_what_a_trace_is_told_changes_no_model():
+    """A callback owns what it is given."""
+    model, told = ChatAegis("m", temperature=0.5, stop=["a"]), []
+    for _ in range(2):
+        params = model._get_invocation_params()
+        told.append(dumps(params))
+        params["options"]["temperature"] = params["options"]["seed"] = 2
+        params["stop"] = params["model"] = "x"
+        model._identifying_params["stop"].append("b")
+    assert told[0] == told[1]
+    assert model._get_llm_string() == ChatAegis("m", temperature=0.5, stop=["a"])._get_llm_string()
+    assert model._chat_params([])["options"] == {"temperature": 0.5, "stop": ["a"]}
+
+
 def test_the_name_for_the_cache_holds_what_changes_answers(model):
     """Constructor and call agree; addresses, timeouts and admission are not in it."""
     name = model._get_llm_string()
