@@ -147,7 +147,7 @@ def _once(findings: list[Finding]) -> list[Finding]:
 
 def _check_image(service: Service) -> Iterator[Finding]:
     image = service.data.get("image")
-    if not image or service.digest or service.data.get("build") or unknown(str(image)):
+    if not image or service.digest or service.foreign or service.data.get("build") or unknown(str(image)):
         return
     where = service.where(image, "image")
     if service.floating:

@@ -55,6 +55,7 @@ class Service:
         tag: The image's tag, "" if there is none.
         digest: The image is pinned by its bytes.
         data: The service as read.
+        foreign: Neither image nor name says what it runs, but what it publishes, mounts and sets does.
     """
 
     file: Path
@@ -65,6 +66,7 @@ class Service:
     tag: str
     digest: bool
     data: Mapping[str, Any]
+    foreign: bool = False
 
     @property
     def image(self) -> Image:
@@ -84,7 +86,7 @@ class Service:
     @property
     def version(self) -> str | None:
         """Version by the tag, None if that names none."""
-        found = re.match(r"v?(\d+(\.\d+)*)", self.tag)
+        found = None if self.foreign else re.match(r"v?(\d+(\.\d+)*)", self.tag)
         return found[1] if found else None
 
     def where(self, at: object, path: str = "") -> str:
@@ -163,7 +165,20 @@ def _service(path: Path, name: str, data: Mapping[str, Any]) -> Service | None:
         if repository in image.names or base in bases or (not reference and name in bases):
             official = repository in image.names and not data.get("build")
             return Service(path, name, kind, official, repository, tag, bool(at), data)
-    return None
+    service = Service(path, name, "ollama", False, repository, tag, bool(at), data, foreign=True)
+    return service if _serves_ollama(service) else None
+
+
+def _serves_ollama(service: Service) -> bool:
+    """Say whether an image of one's own runs Ollama: its port or its models are there, and variables for a server."""
+    table = knowledge()
+    exposed = {_number(str(item).partition("/")[0]) for item in as_list(service.data.get("expose"))}
+    volumes = [v.get("target") if isinstance(v, Mapping) else v for v in as_list(service.data.get("volumes"))]
+    here = service.image.port in exposed | {port.target for port in service.ports}
+    if not here and not any(re.search(r"/\.ollama(:\w+(,\w+)*)?/?$", str(volume)) for volume in volumes):
+        return False
+    names = {name for name, _ in service.environment if name.startswith("OLLAMA_") and not table.of_application(name)}
+    return bool(names - {"OLLAMA_HOST"})
 
 
 def _port(port: Any) -> Port:
