@@ -68,6 +68,9 @@ def test_bytes_moved_from_one_field_to_the_next_are_a_miss():
     assert unseal({**fields, b"scope": fields[b"scope"] + b"a", b"emb": fields[b"emb"][1:]}, KEY) is None
 
 
+# Nested, but small: what is checked is the kinds of values, and a large tree takes long to draw.
+VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=8)
+
 messages = st.builds(
     lambda content, name, args, extra: AIMessage(
         content, name=name, tool_calls=[{"name": "f", "args": args, "id": "1"}], additional_kwargs=extra,
@@ -75,7 +78,7 @@ messages = st.builds(
     ),
     st.text(alphabet=st.characters(codec=None)),
     st.one_of(st.none(), st.text(min_size=1)),
-    st.dictionaries(st.text(), st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists)),
+    st.dictionaries(st.text(), VALUES),
     st.dictionaries(st.sampled_from(["reasoning_content", "lc", "refusal"]), st.text()),
 )  # fmt: skip
 
