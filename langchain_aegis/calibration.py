@@ -32,7 +32,7 @@ from langchain_aegis.pairs import Pair
 from langchain_aegis.questions import exact_only_reason
 from langchain_aegis.settings import MODES, AegisSettings
 from langchain_aegis.vectors import pack, similarities
-from langchain_aegis.verification import compare, nearer, profile
+from langchain_aegis.verification import CLOSE, FAR, NEAR, compare, nearness, profile
 
 TARGETS: Mapping[str, float] = {"strict": 0.015, "balanced": 0.03, "lenient": 0.05}
 LOWEST = 0.5  # as for `min_similarity=`: below, two questions hardly share a topic
@@ -77,18 +77,21 @@ class Measured:
     Attributes:
         pair: The questions.
         similarity: Their cosine.
-        reasons: Why it is not served at any threshold: codes of question rules, "guard:..."; mostly empty.
-        reasons_far: Why it is not served at a threshold that it barely reaches; see `verification.nearer`.
+        reasons_by_nearness: Why it is not served at a threshold, by its `verification.nearness` there.
     """
 
     pair: Pair
     similarity: float
-    reasons: tuple[str, ...]
-    reasons_far: tuple[str, ...]
+    reasons_by_nearness: tuple[tuple[str, ...], ...]
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why it is not served at any threshold: codes of question rules, "guard:..."; mostly empty."""
+        return self.reasons_by_nearness[CLOSE]
 
     def reasons_at(self, threshold: float) -> tuple[str, ...]:
         """Return why it is not served at a threshold that it reaches."""
-        return self.reasons if self.similarity >= nearer(threshold) else self.reasons_far
+        return self.reasons_by_nearness[nearness(self.similarity, threshold)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,10 +280,11 @@ def measure(
     for pair in judged:
         rules = [reason for text in (pair.cached, pair.new) if (reason := exact_only_reason(text)) is not None]
         cached, new, told = profile(pair.cached), profile(pair.new), tuple(dict.fromkeys(rules))
-        reasons, far = (
-            (*told, *(f"guard:{guard}" for guard in compare(cached, new, off=off, near=near))) for near in (True, False)
+        reasons = tuple(
+            (*told, *(f"guard:{guard}" for guard in compare(cached, new, off=off, near=room)))
+            for room in (FAR, NEAR, CLOSE)
         )
-        found.append(Measured(pair, similarities(vectors[pair.new], [vectors[pair.cached]])[0], reasons, far))
+        found.append(Measured(pair, similarities(vectors[pair.new], [vectors[pair.cached]])[0], reasons))
     return found
 
 

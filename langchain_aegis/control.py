@@ -26,7 +26,7 @@ from langchain_aegis.reports import read_lookup_id
 from langchain_aegis.results import CacheHealth, CacheStats, Entry, Explanation, Verdict, was_cached
 from langchain_aegis.store import Invalidation
 from langchain_aegis.vectors import pack, similarities
-from langchain_aegis.verification import compare, nearer, profile
+from langchain_aegis.verification import compare, nearness, profile
 
 _NEAR = 100  # at most so many entries near a question are removed in one step
 
@@ -160,8 +160,8 @@ class Control(Performer):
         lowest = self._engine.min_similarity()[1]
         if not similarity >= lowest:
             reasons.append("below_threshold")
-        off, near = self._engine.options.guards_off, similarity >= nearer(lowest)
-        reasons += guard_codes(compare(profile(cached_question), profile(new_question), off=off, near=near))
+        off, room = self._engine.options.guards_off, nearness(similarity, lowest)
+        reasons += guard_codes(compare(profile(cached_question), profile(new_question), off=off, near=room))
         return Verdict(not reasons, similarity, tuple(dict.fromkeys(reasons)))
 
     async def ajudge(self, cached_question: str, new_question: str) -> Verdict:

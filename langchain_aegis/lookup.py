@@ -18,7 +18,7 @@ from langchain_aegis.flows import Flow
 from langchain_aegis.keys import Key
 from langchain_aegis.store import Epochs, Near, Store
 from langchain_aegis.vectors import pack
-from langchain_aegis.verification import Profile, compare, hardly_differ, nearer, profile
+from langchain_aegis.verification import Profile, compare, hardly_differ, nearness, profile
 
 _SERVED: Final = "s"  # begins the note that an entry was served for a text, and until when it can be
 _UNHEARD: Final = frozenset({"verifier_slow", "verifier_failed"})
@@ -347,8 +347,8 @@ def _objections(near: Near, found: Lookup, now_ms: int, policy: Policy, lowest: 
         cached = Profile.decode(near.record.profile)
     except ValueError:
         return ("no_profile",)
-    near_enough = near.similarity >= nearer(found.min_similarity)
-    return guard_codes(compare(cached, found.profile, off=policy.guards_off, near=near_enough))
+    room = nearness(near.similarity, found.min_similarity)
+    return guard_codes(compare(cached, found.profile, off=policy.guards_off, near=room))
 
 
 def _second_opinion(near: Near, found: Lookup, noted: str, store: Store, *, keep: bool) -> Flow[tuple[str, ...]]:

@@ -37,22 +37,27 @@ _NONE: frozenset[int] = frozenset()
 _NEW_CONSTRUCTION = 3  # words without content in which two sentences differ that are built in different ways
 
 
-_NEARER = 0.43  # of the way from the lowest similarity that is served to 1: from there on a question may be built anew
+FAR, NEAR, CLOSE = 0, 1, 2
+# Of the way from the lowest similarity that is served to 1: from the first on a question may be built anew, from the
+# second on also one of few words, or with another quality. Below, other words mostly make another question.
+_NEAR, _CLOSE = 0.343, 0.571
 
 
-def nearer(min_similarity: float) -> float:
-    """Return the similarity from which on two questions are near enough to be built in different ways."""
-    return min_similarity + _NEARER * (1 - min_similarity)
+def nearness(similarity: float, min_similarity: float) -> int:
+    """Return how much room for other words a similarity gives two questions: FAR, NEAR or CLOSE."""
+    way = similarity - min_similarity
+    room = 1 - min_similarity
+    return CLOSE if way >= _CLOSE * room else NEAR if way >= _NEAR * room else FAR
 
 
-def compare(cached: Profile, new: Profile, *, off: frozenset[str] = frozenset(), near: bool = True) -> tuple[str, ...]:
+def compare(cached: Profile, new: Profile, *, off: frozenset[str] = frozenset(), near: int = CLOSE) -> tuple[str, ...]:
     """Return the guards that forbid to answer one question with the other's answer.
 
     Args:
         cached: Profile of the question whose answer is stored.
         new: Profile of the question that is asked, made with the same key.
         off: Guards that are not to block.
-        near: Whether their similarity reaches `nearer`. Below it, they must share more.
+        near: What `nearness` says of their similarity. The less of it, the more must they share.
 
     Returns:
         Codes out of `GUARDS`; empty if the answer may be served. The order of the two makes no difference.
@@ -198,7 +203,7 @@ def _canonical(term: int) -> int:
     return min(lexicon().related.get(term, (term,)))
 
 
-def _wording(cached: Profile, new: Profile, known: Lexicon, flags: int, near: bool, found: list[str]) -> None:
+def _wording(cached: Profile, new: Profile, known: Lexicon, flags: int, near: int, found: list[str]) -> None:
     """Add the guards over the order of the terms and over those that only one of the questions holds."""
     mine, theirs, related = cached.terms, new.terms, known.related
     left, right = mine - theirs, theirs - mine
@@ -259,23 +264,25 @@ def _looks_like_one_of(term: int, one: Profile, other: Profile) -> bool:
 
 
 def _reworded(
-    left: frozenset[int], right: frozenset[int], cached: Profile, new: Profile, known: Lexicon, near: bool
+    left: frozenset[int], right: frozenset[int], cached: Profile, new: Profile, known: Lexicon, near: int
 ) -> bool:
     """Return whether the odd words come from another way to ask.
 
     A word that is put into an otherwise equal sentence changes what is asked ("flu", "flu in babies"; "my account",
     "my message"). Where the sentence is built anew, a few odd words mostly belong to the new construction, as long as
-    the questions share more and none of the odd words is one of a set of alternatives. Names and codes never get here.
+    the questions share more. A quality, or a member of a set of alternatives, is never just added; one that stands for
+    another word must be close. Names and codes never get here.
     """
-    if not (known.alternatives.isdisjoint(left) and known.alternatives.isdisjoint(right)):
+    if near == FAR:
+        return False
+    alternative = not (known.alternatives.isdisjoint(left) and known.alternatives.isdisjoint(right))
+    if alternative and (near != CLOSE or not (left and right)):
         return False
     left, right = left - known.relations, right - known.relations
     many, more = len(left), len(right)
     if many > 3 or more > 3 or many + more > 5:
         return False
-    needed = 3
-    if many + more < 3:  # farther away, what was added says more than what was said in another word
-        needed = (2 if near else 3) if many and more else (2 if near else 4)
+    needed = 2 if near == CLOSE and many + more < 3 else 3
     if len(cached.terms) - many < needed or len(new.terms) - more < needed:
         return False
     if len(cached.frame ^ new.frame) < _NEW_CONSTRUCTION:

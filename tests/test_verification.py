@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 from langchain_aegis.lexicon import lexicon
 from langchain_aegis.profiles import COUNTS, NAMES, PHRASES, REPEATS, STARTS
 from langchain_aegis.tokens import PLAIN_TEXT, SYMBOL, TOKEN, WORD
-from langchain_aegis.verification import GUARDS, Profile, compare, hardly_differ, nearer, profile, thresholds
+from langchain_aegis.verification import (
+    CLOSE,
+    FAR,
+    GUARDS,
+    NEAR,
+    Profile,
+    compare,
+    hardly_differ,
+    nearness,
+    profile,
+    thresholds,
+)
 
 KEY = b"a key of the tests"
 profile("")  # reads the lexicon, so that no example pays for it
@@ -286,21 +297,37 @@ def test_what_asks_may_stand_behind_a_clause():
 
 
 def test_the_farther_away_the_more_two_questions_must_share():
-    asked, anew = (
+    def reasons_by_nearness(*questions):
+        return [compare(*map(profile, questions), near=near) for near in (FAR, NEAR, CLOSE)]
+
+    papers = (
         "Which documents will I be asked for when I register a boat?",
         "What papers do they want to see for registering a boat?",
     )
-    assert reasons(asked, anew) == compare(profile(asked), profile(anew), near=False) == ()
-    chess, openings = (
-        profile("How can I improve my chess?"),
-        profile("What are some ways to improve my chess openings?"),
+    assert reasons_by_nearness(*papers) == [("substitution",), (), ()]
+    chess = "How can I improve my chess?", "What are some ways to improve my chess openings?"
+    assert reasons_by_nearness(*chess) == [("restriction",), ("restriction",), ()]
+    same = "How do I improve my chess?", "What can I do to improve at chess?"
+    assert reasons_by_nearness(*same) == [(), (), ()]
+
+
+def test_a_quality_may_stand_for_another_word_only_in_a_close_question():
+    anew = (
+        "What are some interesting museums that one should see in Riga?",
+        "Which are the cheap museums to see in Riga?",
     )
-    assert compare(chess, openings, near=False) == ("restriction",)
+    added = "What are some museums that one should see in Riga?", "Which are the cheap museums to see in Riga?"
+    assert [compare(*map(profile, anew), near=near) for near in (FAR, NEAR, CLOSE)] == [("substitution",)] * 2 + [()]
+    assert compare(*map(profile, added), near=CLOSE) == ("restriction",)
 
 
 @pytest.mark.parametrize("lowest", [0.5, 0.65, 0.92, 1.0])
-def test_near_enough_lies_between_the_lowest_similarity_and_the_same(lowest):
-    assert lowest <= nearer(lowest) <= 1
+def test_questions_are_the_nearer_the_more_similar_they_are(lowest):
+    found = [nearness(lowest + step / 20 * (1 - lowest), lowest) for step in range(21)]
+    assert found == sorted(found)
+    assert found[-1] == CLOSE
+    assert set(found) == ({CLOSE} if lowest == 1.0 else {FAR, NEAR, CLOSE})
+    assert nearness(float("nan"), lowest) == FAR
 
 
 @pytest.mark.parametrize(
