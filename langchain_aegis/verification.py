@@ -6,10 +6,10 @@ difference that changes the answer, and blocks when it finds one. Pure: no clock
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import combinations, filterfalse
 
-from langchain_aegis.lexicon import QUIET, SYMMETRIC, Lexicon, lexicon
+from langchain_aegis.lexicon import QUIET, SYMMETRIC, Lexicon, lexicon, read
 from langchain_aegis.lexicon import thresholds as thresholds
 from langchain_aegis.profiles import COUNTS, DENYING, DIGEST, NAMES, NEGATED, PASSIVE, PHRASES, REPEATS, STARTS
 from langchain_aegis.profiles import Profile as Profile
@@ -276,7 +276,7 @@ def _reworded(
     if near == FAR:
         return False
     alternative = not (known.alternatives.isdisjoint(left) and known.alternatives.isdisjoint(right))
-    if alternative and (near != CLOSE or not (left and right)):
+    if alternative and (near != CLOSE or not (left and right) or not _denying().isdisjoint(left | right)):
         return False
     left, right = left - known.relations, right - known.relations
     many, more = len(left), len(right)
@@ -289,6 +289,20 @@ def _reworded(
         return False
     # "How do I cancel it", "what is the process for upgrading it": another act.
     return known.acts.isdisjoint(left) or known.acts.isdisjoint(right)
+
+
+@cache
+def _denying() -> frozenset[int]:
+    """Return the words that deny without a negation, and those that deny their opposite by a prefix ("ineligible")."""
+    prefixes = read("guards.toml")["negation"]["prefixes_en"].split()
+    found = {word.number for t in lexicon().tables.values() for word in t.special.values() if word.soft_negation}
+    table = lexicon().tables["en"]
+    for form, codes in table.opposites.items():
+        for prefix in filter(form.startswith, prefixes):
+            denied = table.opposites.get(form.removeprefix(prefix), ())
+            if any(code ^ 1 in denied for code in codes):
+                found.add(table.words[form])
+    return frozenset(found)
 
 
 def _without_phrases(

@@ -319,6 +319,8 @@ def test_a_quality_may_stand_for_another_word_only_in_a_close_question():
     added = "What are some museums that one should see in Riga?", "Which are the cheap museums to see in Riga?"
     assert [compare(*map(profile, anew), near=near) for near in (FAR, NEAR, CLOSE)] == [("substitution",)] * 2 + [()]
     assert compare(*map(profile, added), near=CLOSE) == ("restriction",)
+    denied = "Which museums can one visit with the Riga card?", "What museums are ineligible for the Riga card?"
+    assert compare(*map(profile, denied), near=CLOSE) == ("substitution",)
 
 
 @pytest.mark.parametrize("lowest", [0.5, 0.65, 0.92, 1.0])
