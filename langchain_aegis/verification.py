@@ -183,7 +183,7 @@ def _swapped(cached: Profile, new: Profile, known: Lexicon) -> bool:
     # Neighbours change places without harm ("apology letter", "letter of apology"), and so does a part of the sentence
     # that moves to its front, unless that turns round two names or two of a kind.
     if (cached.flags | new.flags) & SYMMETRIC:
-        return False
+        return _far_apart(left, right, known)
     things = {term for term in left if term in cached.names or term in cached.identifiers}
     if [term for term in left if term in things] != [term for term in right if term in things]:
         return True
@@ -195,6 +195,19 @@ def _swapped(cached: Profile, new: Profile, known: Lexicon) -> bool:
         groups[one] & groups[other] and (left.index(one) < left.index(other)) != (right.index(one) < right.index(other))
         for one, other in combinations(groups, 2)
     )
+
+
+def _far_apart(left: list[int], right: list[int], known: Lexicon) -> bool:
+    """Return whether two of a kind that more than one word lies between change places.
+
+    "A and B" is "B and A", but "A against C and B" is not "B against C and A".
+    """
+    for one, other in combinations([term for term in left if term in known.reversible], 2):
+        if known.reversible[one] & known.reversible[other]:
+            before, after = left.index(one) - left.index(other), right.index(one) - right.index(other)
+            if before * after < 0 and min(abs(before), abs(after)) > 2:
+                return True
+    return False
 
 
 @lru_cache(maxsize=1 << 14)

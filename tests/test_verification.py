@@ -311,6 +311,12 @@ def test_the_farther_away_the_more_two_questions_must_share():
     assert reasons_by_nearness(*same) == [(), (), ()]
 
 
+def test_and_excuses_only_what_it_joins():
+    chile = "What do the teams of Chile and Peru have to do to win against Brazil?"
+    assert reasons(chile, "What do the teams of Brazil and Peru have to do to win against Chile?") == ("order",)
+    assert reasons(chile, "What do the teams of Peru and Chile have to do to win against Brazil?") == ()
+
+
 def test_a_quality_may_stand_for_another_word_only_in_a_close_question():
     anew = (
         "What are some interesting museums that one should see in Riga?",
