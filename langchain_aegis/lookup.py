@@ -22,6 +22,7 @@ from langchain_aegis.verification import Profile, compare, hardly_differ, nearne
 
 _SERVED: Final = "s"  # begins the note that an entry was served for a text, and until when it can be
 _UNHEARD: Final = frozenset({"verifier_slow", "verifier_failed"})
+_TOO_FAR: Final = ("below_threshold",)
 AGREES: Final = 0.5  # of a verifier: from here on one answer serves both questions
 
 
@@ -230,12 +231,15 @@ def _by_meaning(found: Lookup, store: Store, policy: Policy, now_ms: int, profil
     else:
         nearest = yield from store.nearest(
             key.scope, found.embedder, found.vector, policy.k, found.epochs, max(1, int(policy.budget_s * 500)),
-            asking=key.exact,
+            asking=key.exact, lowest=-2.0 if policy.judge_all else _lowest(found, policy),
         )  # fmt: skip
         if policy.repeats != "serve" and any(_served_before(note, now_ms) for note in nearest.notes.values()):
             found.reasons = ("asked_again",)
             return
         yield from judge(found, nearest.near, nearest.notes, store, policy, now_ms)
+        if found.record is None and nearest.far:
+            found.candidates += tuple(Candidate(name, cosine, _TOO_FAR) for name, cosine in nearest.far)
+            found.reasons = found.candidates[0].reasons
         if (served := found.record) is not None and not policy.judge_all:
             with contextlib.suppress(Unavailable):  # the answer is there
                 if _is_doubtful(found, served, policy):
@@ -313,7 +317,7 @@ def judge(
 ) -> Flow[None]:
     """Serve the most similar candidate that every check accepts."""
     candidates: list[Candidate] = []
-    lowest = policy.grey(found.min_similarity)[0] if policy.grey is not None else found.min_similarity
+    lowest = _lowest(found, policy)
     unheard: tuple[str, ...] = ()  # why there was no second opinion: a lookup waits for that only once
     for near in nearest:
         noted = notes.get(near.record.key, "")
@@ -332,10 +336,15 @@ def judge(
         found.reasons = candidates[0].reasons if candidates else ("no_candidate",)
 
 
+def _lowest(found: Lookup, policy: Policy) -> float:
+    """Return the cosine below which no candidate is looked at."""
+    return policy.grey(found.min_similarity)[0] if policy.grey is not None else found.min_similarity
+
+
 def _objections(near: Near, found: Lookup, now_ms: int, policy: Policy, lowest: float, noted: str) -> tuple[str, ...]:
     # Written so that a similarity that is no number is refused.
     if not near.similarity >= lowest:
-        return ("below_threshold",)
+        return _TOO_FAR
     if not _current(near.record, now_ms, policy):
         return ("expired",)
     if not _fresh(near.record, now_ms):

@@ -12,7 +12,9 @@
     {ns}:{p00}:trash:<mark>:<n>       what was invalidated and is still to be unlinked (sorted set)
     {ns}:{p00}:trash                  the names of those, by the time from which they may be worked on
     {ns}:{p00}:sweeping               who is at it
-    {ns}:{p00}:idx:<embedder8>:v1     the search index, where there is search
+    {ns}:{p00}:idx:<embedder8>:v2     the search index over one embedder's records, where there is search
+    {ns}:{p00}:n:<scope>:<embedder8>  how many records of a scope there are, by when they expire (hash), where ...
+    {ns}:{p00}:n:<embedder8>          ... there is search; and the same of all scopes
     {ns}:{p00}:v:<scope>:<embedder8>  the vectors of a scope (hash), where there is none
 
 The braces around the partition are literal: a lookup is one shard's work. Only digests stand in names and queries.
@@ -90,7 +92,7 @@ class Namespace:
         return f"{self.prefix}e:{exact}"
 
     def _index(self, embedder: str) -> str:
-        return f"{self.prefix}idx:{embedder}:v1"
+        return f"{self.prefix}idx:{embedder}:v2"
 
     def _vectors(self, scope: str, embedder: str) -> str:
         return f"{self.prefix}v:{scope}:{embedder}"
@@ -207,12 +209,12 @@ class Namespace:
             )
         return living
 
-    def _notes(self, asking: str | None, told: list[Any]) -> dict[str, str]:
+    def _notes(self, asking: str | None, told: Any) -> dict[str, str]:
         """Return what is noted of a key and others; a score that we have not signed is left out."""
         notes: dict[str, str] = {}
-        if asking is None or isinstance(told[0], Exception):
+        if asking is None or isinstance(told, Exception):
             return notes
-        for other, value in as_pairs(told[0]).items():
+        for other, value in as_pairs(told).items():
             key, (text, _, signature) = as_text(other), as_text(value).rpartition(":")
             if value == b"x":
                 notes[key] = "x"

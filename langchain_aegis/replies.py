@@ -56,12 +56,15 @@ class Nearest(Sequence[Near]):
 
     Attributes:
         near: Most similar first.
+        far: Exact keys and cosines of what was found, but is less similar than asked for; as Redis tells them, so that
+            nothing but a report may rest on them. Most similar first.
         notes: What is known of the key that asks and the keys of others: "x" if the pair was reported wrong, else a
             verifier's score as text.
     """
 
     near: list[Near]
     notes: dict[str, str] = field(default_factory=dict)
+    far: Sequence[tuple[str, float]] = ()
 
     def __len__(self) -> int:
         return len(self.near)

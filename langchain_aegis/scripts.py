@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from langchain_aegis.entries import Record
+from langchain_aegis.nearby import COUNT
 
 Command = tuple[Any, ...]
 
@@ -18,6 +19,7 @@ PAIRS_MS: Final = 30 * 24 * 3600 * 1000
 PAIRS_PER_KEY: Final = 32
 PAIR_KEYS: Final = 10_000
 _EVICTED_AT_ONCE: Final = 8  # unlinking an indexed vector costs the server's only thread about half a millisecond
+_STEPS_KEPT: Final = 32  # of the counts of a scope; twice what entries of one lifetime need
 _LEASE_KEPT_MS: Final = 10 * 60 * 1000  # so long is known which lease was the last
 
 # ARGV[1] is the namespace's prefix, in every script.
@@ -32,7 +34,9 @@ end
 
 # Take a record out of everything that lists it; answers 1 if it lived until now: if its tenant's set, the first, has
 # listed it.
-_FORGET = """
+_FORGET = (
+    COUNT
+    + """
 local function forget(exact, sets, scope, emb)
   local lived
   for thing in string.gmatch(sets or '', '[^,]+') do
@@ -46,10 +50,11 @@ end
 local function drop(exact)
   local told = redis.pcall('HMGET', prefix .. 'e:' .. exact, 'sets', 'scope', 'emb')
   local lived = told.err and 0 or forget(exact, told[1], told[2], told[3])
-  redis.call('UNLINK', prefix .. 'e:' .. exact)
+  unlink(exact)
   return lived
 end
 """
+)
 
 # Whether a record was made before an invalidation: by its clock, or by its age.
 _DEAD = """
@@ -99,7 +104,7 @@ end
 
 local old = redis.pcall('HMGET', record, 'sets', 'scope', 'emb')
 if not old.err then forget(exact, old[1], old[2], old[3]) end
-redis.call('UNLINK', record)
+unlink(exact)
 redis.call('HSET', record, unpack(fields))
 redis.call('PEXPIRE', record, ttl)
 if ARGV[9] == '1' then redis.call('HSET', epochs, 'tenanted', '1') end
@@ -116,6 +121,16 @@ if limit > 0 then
   end
   redis.call('HSET', vectors, exact, vec)
   lasts(vectors)
+elseif scope ~= '' then
+  for _, name in ipairs(count(scope, emb, created, expires, 1)) do
+    lasts(name)
+    if redis.call('HLEN', name) > $STEPS_KEPT then
+      local steps = redis.call('HGETALL', name)
+      for i = 1, #steps, 2 do
+        if tonumber(steps[i]) <= tonumber(now) then redis.call('HDEL', name, steps[i]) end
+      end
+    end
+  end
 end
 for i, thing in ipairs(sets) do
   local set = prefix .. 'z:' .. thing
@@ -161,6 +176,7 @@ return 'stored'
     )
     .replace("$LEASE_KEPT_MS", str(_LEASE_KEPT_MS))
     .replace("$EVICTED_AT_ONCE", str(_EVICTED_AT_ONCE))
+    .replace("$STEPS_KEPT", str(_STEPS_KEPT))
 )
 
 # Move the clock on, mark things as dead up to now, and take away the sets that list what is concerned.
@@ -291,7 +307,7 @@ for _, exact in ipairs(redis.call('ZRANGE', list, 0, ARGV[5] - 1)) do
   local told = redis.pcall('HMGET', prefix .. 'e:' .. exact, 'epochs', 'created_ms', 'sets', 'scope', 'emb')
   if not told.err and told[1] and dead(told[1], told[2], kind == 'b', tonumber(bound)) then
     forget(exact, told[3], told[4], told[5])
-    removed = removed + redis.call('UNLINK', prefix .. 'e:' .. exact)
+    removed = removed + unlink(exact)
   end
   redis.call('ZREM', list, exact)
   if (os.clock() - started) * 1000000 > tonumber(ARGV[4]) then break end

@@ -11,12 +11,14 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from operator import itemgetter
+from typing import Final
 
 from langchain_aegis import scripts
 from langchain_aegis.entries import Record, unseal
 from langchain_aegis.flows import Flow
 from langchain_aegis.namespace import Commands, Namespace, named
+from langchain_aegis.nearby import Found, ServerSearch, index
 from langchain_aegis.notices import warn_once
 from langchain_aegis.replies import (
     Epochs,
@@ -81,6 +83,7 @@ class Store(Namespace):
         self.search: bool | None = None  # not known before the first use
         self.rejected = 0  # records that were damaged, forged, or of somebody else
         self._indexes: set[str] = set()  # those known to exist
+        self._server_search = ServerSearch()
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -133,7 +136,7 @@ class Store(Namespace):
 
     def nearest(
         self, scope: str, embedder: str, vector: bytes, k: int, epochs: Epochs, timeout_ms: int, *,
-        asking: str | None = None,
+        asking: str | None = None, lowest: float = -2.0,
     ) -> Flow[Nearest]:  # fmt: skip
         """Return at most `k` servable records of `scope`.
 
@@ -145,16 +148,16 @@ class Store(Namespace):
             epochs: As read with the exact key.
             timeout_ms: How long the server may search.
             asking: Exact key of the question; what is known of it and others is read in the same round trip.
+            lowest: Lowest cosine of the records that are returned; of others only keys and cosines are told.
         """
-        also = (("HGETALL", self._pairs(asking)),) if asking is not None else ()
-        stored, told = yield from self._of_scope(scope, embedder, vector, k, timeout_ms, also)
-        notes = self._notes(asking, told)
-        alive = yield from self._alive(self._unsealed(stored, scope, embedder), epochs)
-        if epochs.trash and not alive and len(stored) == k:
+        found = yield from self._of_scope(scope, embedder, vector, k, timeout_ms, asking, lowest)
+        alive = yield from self._alive(self._unsealed(found.stored, scope, embedder), epochs)
+        if epochs.trash and not alive and len(found.stored) == k:
             # Dead records that are not unlinked yet must not hide living ones for long.
-            stored, _ = yield from self._of_scope(scope, embedder, vector, k * 4, timeout_ms, ())
-            alive = yield from self._alive(self._unsealed(stored, scope, embedder), epochs)
-        return Nearest(_ranked(vector, alive)[:k], notes)
+            more = yield from self._of_scope(scope, embedder, vector, k * 4, timeout_ms, None, lowest)
+            alive = yield from self._alive(self._unsealed(more.stored, scope, embedder), epochs)
+        notes = self._notes(asking, found.told) if found.told is not None else {}
+        return Nearest(_ranked(vector, alive)[:k], notes, sorted(found.far, key=itemgetter(1), reverse=True)[:k])
 
     def nearest_anywhere(
         self, embedder: str, vector: bytes, k: int, epochs: Epochs, timeout_ms: int, *, tenant: str | None = None
@@ -176,8 +179,8 @@ class Store(Namespace):
         found: list[Near] = []
         many = k
         while True:
-            query = f"(@emb:{{{embedder}}})=>[KNN {many} @vec $v EF_RUNTIME 200 HYBRID_POLICY BATCHES]"
-            stored, _ = yield from self._search(query, embedder, vector, many, timeout_ms, ())
+            query = f"*=>[KNN {many} @vec $v EF_RUNTIME 200]"
+            stored = (yield from self._search(query, embedder, vector, many, timeout_ms, None)).stored
             unsealed = [(name, unseal(fields, self._mac_key)) for name, fields in stored]
             records = [r for name, r in unsealed if r is not None and name == self._entry(r.key) and r.emb == embedder]
             records = [r for r in records if tenant is None or tenant in r.sets[:1]]
@@ -379,12 +382,21 @@ class Store(Namespace):
         return records
 
     def _of_scope(
-        self, scope: str, embedder: str, vector: bytes, many: int, timeout_ms: int, also: tuple[scripts.Command, ...]
-    ) -> Flow[_Found]:
+        self, scope: str, embedder: str, vector: bytes, many: int, timeout_ms: int, asking: str | None, lowest: float
+    ) -> Flow[Found]:
         if not (yield from self._has_search()):
-            return (yield from self._compare(scope, embedder, vector, many, also))
-        query = f"(@scope:{{{scope}}} @emb:{{{embedder}}})=>[KNN {many} @vec $v HYBRID_POLICY ADHOC_BF]"
-        return (yield from self._search(query, embedder, vector, many, timeout_ms, also))
+            return (yield from self._compare(scope, embedder, vector, many, asking, lowest))
+        if self._server_search.possible:
+            found = yield from self._server_search.call(
+                self._epochs, self.prefix, self._index(embedder), scope, embedder, vector, many, timeout_ms,
+                lowest, asking or "",
+            )  # fmt: skip
+            if self._server_search.possible:
+                if found.error is not None:
+                    yield from self._index_lost(found.error, embedder, vector)
+                return found
+        query = f"(@scope:{{{scope}}})=>[KNN {many} @vec $v]"  # how it goes through the index, the server guesses
+        return (yield from self._search(query, embedder, vector, many, timeout_ms, asking))
 
     def _has_search(self) -> Flow[bool]:
         if self.search is None:
@@ -401,53 +413,58 @@ class Store(Namespace):
         return self.search
 
     def _search(
-        self, query: str, embedder: str, vector: bytes, many: int, timeout_ms: int, also: tuple[scripts.Command, ...]
-    ) -> Flow[_Found]:
-        """Return the names and fields that the index finds, and the replies to what else was asked."""
+        self, query: str, embedder: str, vector: bytes, many: int, timeout_ms: int, asking: str | None
+    ) -> Flow[Found]:
+        """Return the names and fields that the index finds, and what is noted of the key that asks."""
         reply, *told = yield Commands(
             (("FT.SEARCH", self._index(embedder), query, "PARAMS", 2, "v", vector, "LIMIT", 0, many,
-              "TIMEOUT", timeout_ms, "DIALECT", 2), *also)
+              "TIMEOUT", timeout_ms, "DIALECT", 2), *self._asks(asking))
         )  # fmt: skip
+        found = Found(told=told[0] if told else None)
         if isinstance(reply, Exception):
-            if is_missing_index(
-                reply
-            ):  # emptied or restarted: made again, and what is there is indexed in the background
-                self._indexes.discard(embedder)
-                yield from self._ensure_index(embedder, len(vector) // 2)
-            elif is_unknown_command(reply):
-                self.search = None  # another server answers now
-            return [], told
-        rows = zip(reply[1::2], reply[2::2], strict=True)
-        return [(as_text(name), as_pairs(fields)) for name, fields in rows if fields], told
+            yield from self._index_lost(reply, embedder, vector)
+        else:
+            rows = zip(reply[1::2], reply[2::2], strict=True)
+            found.stored.extend((as_text(name), as_pairs(fields)) for name, fields in rows if fields)
+        return found
+
+    def _asks(self, asking: str | None) -> tuple[scripts.Command, ...]:
+        return () if asking is None else (("HGETALL", self._pairs(asking)),)
+
+    def _index_lost(self, error: Exception, embedder: str, vector: bytes) -> Flow[None]:
+        """Make the index again if a search says that it is gone; what is there is indexed in the background."""
+        if is_missing_index(error):  # emptied or restarted
+            self._indexes.discard(embedder)
+            yield from self._ensure_index(embedder, len(vector) // 2)
+        elif is_unknown_command(error):
+            self._forget_server()
+
+    def _forget_server(self) -> None:
+        """Learn anew what the server can: another one answers now."""
+        self.search, self._server_search = None, ServerSearch()
 
     def _ensure_index(self, embedder: str, dimensions: int) -> Flow[None]:
         if embedder in self._indexes:
             return
-        # Scopes are small, so candidates of the scope are compared one by one (ADHOC_BF) and the graph is seldom used.
-        # A sparse one costs the server's only thread a third of the time per entry stored, an eighth per entry removed.
-        (reply,) = yield Commands(
-            (("FT.CREATE", self._index(embedder), "ON", "HASH", "PREFIX", 1, f"{self.prefix}e:", "SCHEMA",
-              "scope", "TAG", "CASESENSITIVE", "emb", "TAG", "CASESENSITIVE",
-              "vec", "VECTOR", "HNSW", 10, "TYPE", "FLOAT16", "DIM", dimensions, "DISTANCE_METRIC", "COSINE",
-              "M", 8, "EF_CONSTRUCTION", 40),)
-        )  # fmt: skip
+        (reply,) = yield Commands((index(self._index(embedder), f"{self.prefix}e:", embedder, dimensions),))
         if not isinstance(reply, Exception) or "already exists" in str(reply).lower():
             self._indexes.add(embedder)
         elif is_unknown_command(reply):
-            self.search = None
+            self._forget_server()
         else:
             warn_once(
                 "no_index", f"the search index cannot be made ({error_kind(reply)}): only exact repeats are answered"
             )
 
     def _compare(
-        self, scope: str, embedder: str, vector: bytes, many: int, also: tuple[scripts.Command, ...]
-    ) -> Flow[_Found]:
+        self, scope: str, embedder: str, vector: bytes, many: int, asking: str | None, lowest: float
+    ) -> Flow[Found]:
         """As `_search`, where there is none."""
         name = self._vectors(scope, embedder)
-        reply, *told = yield Commands((("HGETALL", name), *also))
+        reply, *told = yield Commands((("HGETALL", name), *self._asks(asking)))
+        found = Found(told=told[0] if told else None)
         if isinstance(reply, Exception) or not reply:
-            return [], told
+            return found
         rows = sorted(as_pairs(reply).items(), key=lambda row: row[1][:16], reverse=True)[:SCOPE_VECTORS]
         scores = similarities(vector, [value[16:] for _, value in rows])
         best = sorted(
@@ -456,22 +473,21 @@ class Store(Namespace):
             if score == score
         )
         # Some may have expired or been removed since: ask for more than are needed, and forget those.
-        wanted = [key for _, key in best[: 4 * many]]
+        wanted = [key for score, key in best[: 4 * many] if -score >= lowest]
+        found.far.extend((key, -score) for score, key in best[len(wanted) : many])
         if not wanted:
-            return [], told
+            return found
         replies = yield Commands(tuple(("HGETALL", self._entry(key)) for key in wanted))
-        found = [
+        found.stored.extend(
             (self._entry(key), as_pairs(r))
             for key, r in zip(wanted, replies, strict=True)
             if r and not isinstance(r, Exception)
-        ]
+        )
         gone = [key for key, r in zip(wanted, replies, strict=True) if not r]
         if gone:
             yield Commands((("HDEL", name, *gone),))
-        return found[:many], told
-
-
-_Found = tuple[list[tuple[str, dict[bytes, bytes]]], list[Any]]
+        del found.stored[many:]
+        return found
 
 
 def _ranked(vector: bytes, records: list[Record]) -> list[Near]:

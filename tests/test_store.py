@@ -242,7 +242,7 @@ def test_an_old_record_restored_into_a_new_incarnation_is_not_served(kept):
 def test_the_index_comes_back_after_it_was_dropped(kept):
     kept.put(name(1), vec=pack(direction(0)))
     if kept.store.search:
-        kept.redis.execute_command("FT.DROPINDEX", f"{kept.namespace}:{{p00}}:idx:{EMB}:v1")
+        kept.redis.execute_command("FT.DROPINDEX", f"{kept.namespace}:{{p00}}:idx:{EMB}:v2")
         assert kept.nearest(direction(0)) == []  # a miss, which makes the index again
         kept.put(name(2), vec=pack(direction(0.1)))
         keys = {n.record.key for n in kept.nearest(direction(0))}
