@@ -68,9 +68,15 @@ def is_payload(text: str) -> bool:
         rules[name].search(text) for name in ("these_texts", "choice_alone", "made", "head_of_task", "language_tail")
     ):
         return True
+    # Most questions have neither a colon nor a second sentence: those searches take longer than all others together.
     head, colon, tail = text.partition(":")
-    announced = rules["heads"].search(head) or rules["demonstrative"].search(head)
-    if colon and tail.strip() and announced and len(head.split()) <= 16 and not _TIME.search(text):
+    if (
+        colon
+        and tail.strip()
+        and len(head.split()) <= 16
+        and (rules["heads"].search(head) or rules["demonstrative"].search(head))
+        and not _TIME.search(text)
+    ):
         return True
     if (quote := _QUOTE.search(text)) and (
         len(quote.group(0).split()) >= 4 or quote.group(0)[-2] in ".?!" or rules["cited"].search(text)
@@ -79,8 +85,9 @@ def is_payload(text: str) -> bool:
     if "\n" in text and (ends_with_label(text) or not wants_answer((), (text.rpartition("\n")[2],))):
         return True
     asked, mark, rest = text.partition("?")
-    about = rules["demonstrative"].search(asked) or rules["heads"].search(asked) or " " not in asked
-    return bool(mark and len(rest.split()) > 1 and len(asked.split()) <= 14 and about)
+    if not mark or len(rest.split()) <= 1 or len(asked.split()) > 14:
+        return False
+    return bool(rules["demonstrative"].search(asked) or rules["heads"].search(asked) or " " not in asked)
 
 
 def _is_ordered(sentence: str, rules: Rules) -> bool:
