@@ -17,6 +17,7 @@ from langchain_aegis.connections import Connections
 from langchain_aegis.control import Control
 from langchain_aegis.embedder import Embedder
 from langchain_aegis.engine import Engine
+from langchain_aegis.errands import the_errands
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flows import arun, run
 from langchain_aegis.keys import FindQuestion
@@ -243,11 +244,13 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
 
     def close(self) -> None:
         """Close the connections; may be called again, and a later use opens new ones."""
+        the_errands.settle(self._connections)
         the_sweeper.leave(self._connections)
         self._connections.close()
 
     async def aclose(self) -> None:
         """Close the connections of this event loop and of all threads."""
+        await asyncio.to_thread(the_errands.settle, self._connections)
         await asyncio.to_thread(the_sweeper.leave, self._connections)
         await self._connections.aclose()
 

@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 from langchain_aegis.breaker import Unavailable
@@ -46,6 +47,13 @@ class Work:
     """Do what takes some milliseconds of CPU, off an event loop; answered by what it returns."""
 
     do: Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """Run a flow of commands soon; nobody waits for it."""
+
+    flow: Callable[[], Flow[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,11 +249,12 @@ def _by_meaning(found: Lookup, store: Store, policy: Policy, now_ms: int, profil
             found.candidates += tuple(Candidate(name, cosine, _TOO_FAR) for name, cosine in nearest.far)
             found.reasons = found.candidates[0].reasons
         if (served := found.record) is not None and not policy.judge_all:
-            with contextlib.suppress(Unavailable):  # the answer is there
-                if _is_doubtful(found, served, policy):
-                    yield from store.note(key.exact, served.key, f"{_SERVED}{served.expires_ms}")
-                if policy.touch:
-                    yield from store.touch(served.key, key.tenant, now_ms)
+            if _is_doubtful(found, served, policy):
+                note = f"{_SERVED}{served.expires_ms}"
+                store.noted(key.exact, served.key, note)
+                yield Later(partial(store.note, key.exact, served.key, note))
+            if policy.touch:
+                yield Later(partial(store.touch, served.key, key.tenant, now_ms))
 
 
 def _is_doubtful(found: Lookup, served: Record, policy: Policy) -> bool:

@@ -22,6 +22,7 @@ The braces around the partition are literal: a lookup is one shard's work. Only 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import re
@@ -37,6 +38,7 @@ from langchain_aegis.notices import warn_once
 from langchain_aegis.replies import Epochs, Listed, as_pairs, as_text, raise_error
 
 _MARKS_KEPT: Final = 20_000
+_NOTED_HERE: Final = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ class Namespace:
         self._fingerprint = fingerprint
         self._epochs = f"{self.prefix}epochs"
         self._registry = f"{self.prefix}z"
+        self._noted: dict[str, tuple[str, str]] = {}  # the last notes of this process, by the key that asked
         self._marks: tuple[tuple[str, int], dict[str, int]] = ("", 0), {}  # see `_source_marks`
 
     def records(self, cursor: int = 0) -> Flow[tuple[int, list[Listed]]]:
@@ -209,12 +212,21 @@ class Namespace:
             )
         return living
 
+    def noted(self, asked: str, served: str, text: str) -> None:
+        """Let this process know at once what `Store.note` will write."""
+        if len(self._noted) >= _NOTED_HERE:
+            with contextlib.suppress(KeyError, StopIteration, RuntimeError):  # another thread may be at it, too
+                del self._noted[next(iter(self._noted))]
+        self._noted[asked] = served, text
+
     def _notes(self, asking: str | None, told: Any) -> dict[str, str]:
         """Return what is noted of a key and others; a score that we have not signed is left out."""
         notes: dict[str, str] = {}
-        if asking is None or isinstance(told, Exception):
+        if asking is None:
             return notes
-        for other, value in as_pairs(told).items():
+        if (here := self._noted.get(asking)) is not None:
+            notes[here[0]] = here[1]
+        for other, value in as_pairs(told).items() if told and not isinstance(told, Exception) else ():
             key, (text, _, signature) = as_text(other), as_text(value).rpartition(":")
             if value == b"x":
                 notes[key] = "x"

@@ -15,10 +15,11 @@ from redis.exceptions import RedisError
 from langchain_aegis.breaker import Unavailable
 from langchain_aegis.connections import Connections
 from langchain_aegis.engine import Engine
+from langchain_aegis.errands import the_errands
 from langchain_aegis.errors import AegisConfigError, AegisConnectionError
 from langchain_aegis.flows import Flow, arun, run
 from langchain_aegis.forks import reset_after_fork
-from langchain_aegis.lookup import Embed, Verify, Wait, Work
+from langchain_aegis.lookup import Embed, Later, Verify, Wait, Work
 from langchain_aegis.notices import logger, warn_once
 from langchain_aegis.sweeper import the_sweeper
 from langchain_aegis.verifiers import Verifier
@@ -48,6 +49,8 @@ class Performer:
             return self._opinion().verify(step.cached, step.new)
         if isinstance(step, Work):
             return step.do()
+        if isinstance(step, Later):
+            return self._leave(step)
         return time.sleep(step.seconds) if isinstance(step, Wait) else self._connections.perform(step)
 
     async def _aperform(self, step: Any) -> Any:
@@ -57,7 +60,14 @@ class Performer:
             return await self._opinion().averify(step.cached, step.new)
         if isinstance(step, Work):
             return await _in_thread(step.do)
+        if isinstance(step, Later):
+            return self._leave(step)
         return await (asyncio.sleep(step.seconds) if isinstance(step, Wait) else self._connections.aperform(step))
+
+    def _leave(self, step: Later) -> None:
+        """Have a flow run by another thread; where too many are waiting, one is lost."""
+        perform = self._connections.perform
+        the_errands.add(self._connections, lambda: run(step.flow(), perform))
 
     def _opinion(self) -> Verifier:
         if self._verifier is None:

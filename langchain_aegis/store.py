@@ -156,7 +156,7 @@ class Store(Namespace):
             # Dead records that are not unlinked yet must not hide living ones for long.
             more = yield from self._of_scope(scope, embedder, vector, k * 4, timeout_ms, None, lowest)
             alive = yield from self._alive(self._unsealed(more.stored, scope, embedder), epochs)
-        notes = self._notes(asking, found.told) if found.told is not None else {}
+        notes = self._notes(asking, found.told)
         return Nearest(_ranked(vector, alive)[:k], notes, sorted(found.far, key=itemgetter(1), reverse=True)[:k])
 
     def nearest_anywhere(

@@ -21,7 +21,7 @@ ORDER = [
     "_compat", "tuning", "messages", "lexicon", "tokens", "profiles", "verification", "tasks", "questions", "identity",
     "options", "chunks", "keys",
     "entries", "answers", "replays", "hits", "vectors",
-    "replies", "namespace", "nearby", "scripts", "store", "connections", "sweeper",
+    "replies", "namespace", "nearby", "scripts", "store", "connections", "sweeper", "errands",
     "counts", "telemetry",
     "attempts", "refusals", "ndjson", "client", "endpoint",
     "reloads", "overflow", "warming",
