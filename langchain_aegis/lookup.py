@@ -23,7 +23,6 @@ from langchain_aegis.verification import Profile, compare, hardly_differ, nearne
 
 _SERVED: Final = "s"  # begins the note that an entry was served for a text, and until when it can be
 _UNHEARD: Final = frozenset({"verifier_slow", "verifier_failed"})
-_TOO_FAR: Final = ("below_threshold",)
 AGREES: Final = 0.5  # of a verifier: from here on one answer serves both questions
 
 
@@ -246,7 +245,7 @@ def _by_meaning(found: Lookup, store: Store, policy: Policy, now_ms: int, profil
             return
         yield from judge(found, nearest.near, nearest.notes, store, policy, now_ms)
         if found.record is None and nearest.far:
-            found.candidates += tuple(Candidate(name, cosine, _TOO_FAR) for name, cosine in nearest.far)
+            found.candidates += tuple(Candidate(name, cosine, ("below_threshold",)) for name, cosine in nearest.far)
             found.reasons = found.candidates[0].reasons
         if (served := found.record) is not None and not policy.judge_all:
             if _is_doubtful(found, served, policy):
@@ -353,7 +352,7 @@ def _lowest(found: Lookup, policy: Policy) -> float:
 def _objections(near: Near, found: Lookup, now_ms: int, policy: Policy, lowest: float, noted: str) -> tuple[str, ...]:
     # Written so that a similarity that is no number is refused.
     if not near.similarity >= lowest:
-        return _TOO_FAR
+        return ("below_threshold",)
     if not _current(near.record, now_ms, policy):
         return ("expired",)
     if not _fresh(near.record, now_ms):

@@ -23,7 +23,10 @@ from langchain_aegis.replies import as_pairs, as_text, error_kind, is_unknown_co
 # A scope of n entries among N is compared one by one unless n * n > GRAPH_FROM * N: measured where both cost the same,
 # 550 of 10,000 and 1,700 of 100,000.
 GRAPH_FROM: Final = 30
-_SEEN_ON_THE_WAY: Final = 64  # entries that a search along the graph compares at least; finds 97 % at 100,000 entries
+# So many entries a search along the graph compares at least.
+_SEEN: Final = 32
+_SEEN_OF_MANY: Final = 64
+_MANY: Final = 30_000
 
 _ROUNDING: Final = 1e-3  # by so much the server's distances may be off: it computes with 16 bits
 
@@ -40,8 +43,11 @@ local function size(name)
   end
   return sum
 end
-local held, how = size(prefix .. 'n:' .. scope .. ':' .. emb), 'HYBRID_POLICY ADHOC_BF'
-if held * held > $GRAPH_FROM * size(prefix .. 'n:' .. emb) then how = 'EF_RUNTIME $SEEN HYBRID_POLICY BATCHES' end
+local held, all = size(prefix .. 'n:' .. scope .. ':' .. emb), size(prefix .. 'n:' .. emb)
+local how = 'HYBRID_POLICY ADHOC_BF'
+if held * held > $GRAPH_FROM * all then
+  how = 'EF_RUNTIME ' .. (all > $MANY and $SEEN_OF_MANY or $SEEN) .. ' HYBRID_POLICY BATCHES'
+end
 local found = redis.pcall(
   'FT.SEARCH', index, '(@scope:{' .. scope .. '})=>[KNN ' .. many .. ' @vec $v ' .. how .. ' AS d]',
   'PARAMS', '2', 'v', vector, 'RETURN', '1', 'd', 'LIMIT', '0', many, 'TIMEOUT', timeout, 'DIALECT', '2')
@@ -54,7 +60,8 @@ for i = 2, #found, 2 do
   reply[#reply + 1] = {found[i], told or '', near and redis.call('HGETALL', found[i]) or false}
 end
 return reply
-""".replace("$GRAPH_FROM", str(GRAPH_FROM)).replace("$SEEN", str(_SEEN_ON_THE_WAY))
+""".replace("$GRAPH_FROM", str(GRAPH_FROM))
+    .replace("$MANY", str(_MANY)).replace("$SEEN_OF_MANY", str(_SEEN_OF_MANY)).replace("$SEEN", str(_SEEN))
 )  # fmt: skip
 
 # For scripts that store or unlink records. They know the prefix.
