@@ -61,6 +61,11 @@ class Embedder:
     async def aembed(self, text: str) -> Sequence[float]:
         """Like `embed`, without blocking the event loop."""
         self._check()
+        embeddings = self._embeddings
+        # One that knows no other way is called in a thread, and not in one of the event loop's: a user's work may fill
+        # those.
+        if embeddings is not None and type(embeddings).aembed_query is Embeddings.aembed_query:
+            return await self._budget.arun_blocking(lambda: _embed(embeddings, text))
         return await self._budget.arun(lambda: self._aembed(text))
 
     async def _aembed(self, text: str) -> Sequence[float]:
@@ -87,6 +92,14 @@ class Embedder:
     def _check(self) -> None:
         if self.missing:
             raise Unavailable("no_embedder")
+
+
+def _embed(embeddings: Embeddings, text: str) -> Sequence[float]:
+    """Return a text's vector; a StopIteration, which no future can hold, is raised as a RuntimeError."""
+    try:
+        return embeddings.embed_query(text)
+    except StopIteration as exc:
+        raise RuntimeError("the embedder raised StopIteration") from exc
 
 
 def embedder_name(embeddings: Embeddings) -> str:
