@@ -311,6 +311,11 @@ def test_the_farther_away_the_more_two_questions_must_share():
     assert reasons_by_nearness(*same) == [(), (), ()]
 
 
+def test_to_own_a_thing_is_more_than_to_have_it_as_ones_own():
+    assert reasons("Who owns the painting?", "Who painted the painting?") == ("restriction",)
+    assert reasons("Can I bring my own dog to the hotel?", "Can I bring my dog to the hotel?") == ()
+
+
 def test_and_excuses_only_what_it_joins():
     chile = "What do the teams of Chile and Peru have to do to win against Brazil?"
     assert reasons(chile, "What do the teams of Brazil and Peru have to do to win against Chile?") == ("order",)
