@@ -6,6 +6,8 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 export ORT_DISABLE_TELEMETRY := 1
 export PYTHON UV
+# Whoever sets it would have every test rewritten in every worker of every run.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo test check lock clean
 
