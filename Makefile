@@ -9,7 +9,7 @@ export PYTHON UV
 # Whoever sets it would have every test rewritten in every worker of every run.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test check lock clean
+.PHONY: install demo test check bench-cache bench-growth lock clean
 
 install:
 	@sh tools/install.sh
@@ -22,6 +22,16 @@ test: install
 
 check: install
 	@$(BIN)/python tools/check.py
+
+# Measure the cache, on a machine that does nothing else, and write benchmarks/README.md. PYTHON_BENCH may name an
+# interpreter that also has langchain-redis, to which it is then compared; ARGS adds to the command line.
+PYTHON_BENCH ?= $(BIN)/python
+
+bench-cache: install
+	@PYTHONPATH=. $(PYTHON_BENCH) benchmarks/cache.py --write $(ARGS)
+
+bench-growth: install
+	@PYTHONPATH=. $(PYTHON_BENCH) benchmarks/growth.py --write $(ARGS)
 
 # Renew the pins. The file holds hashes and no addresses, so that any index serves it.
 lock: install
