@@ -2,7 +2,7 @@
 
 Fills a private Redis with seeded questions; then every system takes its turn in each round: an exact repeat, a
 paraphrase, a question that nobody asked before, and the storing of its answer; blocking, awaited, 64 at once, and
-through `invoke` and `ainvoke` of a model. Every answer is checked; a wrong one fails the run.
+through `invoke` and `ainvoke` of a model. Every answer is checked; a wrong one fails the run, and nothing is written.
 
     python benchmarks/cache.py                        # 1,000 and 10,000 entries, memory, a real embedder: 4 minutes
     python benchmarks/cache.py --sizes 100000         # this package and the floors only; some minutes of filling

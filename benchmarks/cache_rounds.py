@@ -63,25 +63,21 @@ class Measured:
     fill_s: dict[str, float] = field(default_factory=dict)
     added: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
 
-    def median_us(self, system: str, way: str, operation: str) -> float | None:
-        """Return the median in microseconds; None if it was not measured."""
-        taken = self.wall.get((system, way, operation))
-        return statistics.median(taken) * 1e6 if taken else None
+    def wall_us(self, system: str, way: str, operation: str, share: float = 0.5) -> float | None:
+        """Return a quantile in microseconds, by default the median; None if it was not measured."""
+        return _quantile(self.wall.get((system, way, operation)), share, 1e6)
 
     def cpu_us(self, system: str, way: str, operation: str) -> float | None:
         """Return the median of the processor time in microseconds; None if it was not measured."""
-        taken = self.cpu.get((system, way, operation))
-        return statistics.median(taken) * 1e6 if taken else None
+        return _quantile(self.cpu.get((system, way, operation)), 0.5, 1e6)
 
-    def added_us(self, system: str, way: str) -> float | None:
-        """Return the median of what a cache adds to a call that it does not answer; None if it was not measured."""
-        taken = self.added.get((system, way))
-        return statistics.median(taken) * 1e6 if taken else None
+    def added_us(self, system: str, way: str, share: float = 0.5) -> float | None:
+        """Return a quantile of what a cache adds to a call that it does not answer; None if it was not measured."""
+        return _quantile(self.added.get((system, way)), share, 1e6)
 
-    def rate(self, system: str, operation: str) -> float | None:
-        """Return the median of lookups per second; None if it was not measured."""
-        seen = self.rates.get((system, operation))
-        return statistics.median(seen) if seen else None
+    def rate(self, system: str, operation: str, share: float = 0.5) -> float | None:
+        """Return a quantile of lookups per second; None if it was not measured."""
+        return _quantile(self.rates.get((system, operation)), share, 1.0)
 
     def judge(self, system: System, operation: str, item: Item | None, got: Any, *, name: str = "") -> bool:
         """Note an answer; returns whether it is the one that should come.
@@ -113,6 +109,14 @@ class Measured:
                 continue
             if tally.answered < least * tally.asked:
                 self.failures.append(f"{system.name}, {operation}: {tally.answered} of {tally.asked} answered")
+
+
+def _quantile(values: Sequence[float] | None, share: float, factor: float) -> float | None:
+    if not values:
+        return None
+    if share == 0.5:
+        return statistics.median(values) * factor
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))] * factor
 
 
 def text_of(got: Any) -> str | bytes:

@@ -5,6 +5,11 @@ from dataclasses import dataclass, field
 
 from results_page import draw_lines, number, table, write_section
 
+_READING = """\
+Times are medians of blocking lookups, whole: an exact read, and a search if that finds nothing. Each answer is checked.
+Entries are written by the cache's own code; the index is dropped and made again by the next lookup. A bare search asks
+for 5 of a scope and all their fields, as the cache does.
+"""
 GB_8 = 8e9
 _SAID = {"exact": "exact hit", "semantic": "hit by meaning", "miss": "miss"}
 
@@ -139,7 +144,7 @@ def write_growth(growth: Growth) -> None:
         series = {name: {n: row[name] for n, row in growth.flat.items()} for name in ("FLAT", "HNSW")}
         pictures.append(draw_lines("growth-flat", "A bare search, flat and over HNSW", about, "vectors", series,
                                    growth.conditions))  # fmt: skip
-    text = ["## Growth\n", "Written by `make bench-growth`.", growth.conditions, ""]
+    text = ["## Growth\n", "Written by `make bench-growth`.", growth.conditions, "", _READING]
     text += [f"![{name}]({name})\n" for name in pictures]
     text += [f"### {title}\n\n{body}" for title, body in _sections(growth)]
     write_section("growth", "\n".join(text))
