@@ -96,13 +96,17 @@ class Measured:
         tally.answered += 1
         if item is None or not is_answer(got, item):
             tally.wrong += 1
-            if not system.errs_by_design():
+            if tally.wrong == 1 and not system.errs_by_design():  # one example; `conclude` tells how many
                 self.failures.append(f"{system.name}, {name or operation}: a wrong answer, {str(text_of(got))[:60]!r}")
             return False
         return True
 
     def conclude(self, system: System) -> None:
-        """Note what was answered too seldom to be called measured."""
+        """Note how much was answered wrongly, and what was answered too seldom to be called measured."""
+        if not system.errs_by_design():
+            for (name, operation), tally in self.tallies.items():
+                if name == system.name and tally.wrong:
+                    self.failures.append(f"{name}, {operation}: {tally.wrong} of {tally.asked} answered wrongly")
         for operation, least in (("exact", 0.95), ("kept", 0.95), ("semantic", LEAST_HITS)):
             tally = self.tallies.get((system.name, operation))
             if tally is None or system.errs_by_design():

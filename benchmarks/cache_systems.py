@@ -287,7 +287,7 @@ class Aegis(_Cache):
         lowest = MIN_SIMILARITY if self.place.calibrated else None  # a real embedder has a threshold of its own
         return AegisSemanticCache(
             self.place.url, self.place.embeddings, namespace="bench", min_similarity=lowest,
-            **dict(self.place.own), **told,
+            **{**dict(self.place.own), **told},
         )  # fmt: skip
 
     def fill(self, items: Iterable[Item], prepare: Any) -> None:

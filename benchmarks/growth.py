@@ -48,6 +48,7 @@ class Grown:
         answer_bytes: Length of the answers.
         seed: Draws everything.
         namespace: Of the cache.
+        op_budget_s: Time for Redis per lookup; None: the cache's own.
     """
 
     url: str
@@ -56,6 +57,7 @@ class Grown:
     seed: int
     answer_bytes: int = 1024
     namespace: str = NAMESPACE
+    op_budget_s: float | None = None
     failures: list[str] = field(default_factory=list)
     entries: int = 0
     known: dict[str, list[Item]] = field(default_factory=dict)
@@ -67,7 +69,7 @@ class Grown:
         self.random = random.Random(self.seed)
         self._drawn = numpy.random.default_rng(self.seed)
         self._new, self._next = NEW_FROM, 0
-        self.cache, self._writer = self._make(), self._make(op_budget_s=60.0)
+        self.cache, self._writer = self._make(op_budget_s=self.op_budget_s), self._make(op_budget_s=60.0)
         self.client = redis.Redis.from_url(self.url, protocol=2, socket_timeout=600)
 
     def _make(self, **told):
@@ -221,7 +223,9 @@ def by_tenants(told: argparse.Namespace, url: str, llm_string: str, growth: Grow
     """Note times with the same number of entries of 1 to 1,000 tenants; returns the failures."""
     failures = []
     for tenants in (1, 10, 100, 1_000):
-        grown = Grown(url, llm_string, told.dimensions, told.seed, namespace=f"tenants{tenants}")
+        grown = Grown(
+            url, llm_string, told.dimensions, told.seed, namespace=f"tenants{tenants}", op_budget_s=told.op_budget_s
+        )
         empty, many = settled_memory(grown.client), told.tenant_entries
         names = [f"tenant-{n}" for n in range(tenants)]
         asked = names[: max(1, KNOWN // 10)]
@@ -241,7 +245,15 @@ def by_answer(told: argparse.Namespace, url: str, llm_string: str, growth: Growt
     """Note times and memory with answers of 1 to 64 kB, and memory at 1,024 dimensions; returns the failures."""
     failures = []
     for size, dimensions in ((1, 384), (4, 384), (16, 384), (64, 384), (1, 1024)):
-        grown = Grown(url, llm_string, dimensions, told.seed, size * 1024, namespace=f"answers{size}")
+        grown = Grown(
+            url,
+            llm_string,
+            dimensions,
+            told.seed,
+            size * 1024,
+            namespace=f"answers{size}",
+            op_budget_s=told.op_budget_s,
+        )
         empty, many = settled_memory(grown.client), told.answer_entries
         grown.add("one", many, known=min(50, many))
         each = (settled_memory(grown.client) - empty) / many
@@ -307,6 +319,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--flat-up-to", type=int, default=20_000, help="vectors")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts; scopes needs entries")
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--op-budget-s", type=float, help="time for Redis per lookup; default: the cache's own")
     parser.add_argument("--url", help="a Redis that is emptied; default: a private one")
     parser.add_argument("--write", action="store_true", help="into benchmarks/README.md, with pictures")
     return parser.parse_args(given)
@@ -329,7 +342,7 @@ def run(told: argparse.Namespace, say: Callable[[str], None] = print) -> Growth:
             growth.failures += by_answer(told, url, llm_string, growth)
             say(f"answers: {time.perf_counter() - began:.0f} s since the start")
         if "entries" in told.only or "scopes" in told.only:
-            grown = Grown(url, llm_string, told.dimensions, told.seed)
+            grown = Grown(url, llm_string, told.dimensions, told.seed, op_budget_s=told.op_budget_s)
             by_entries(grown, sorted(told.entries), told.rounds, growth, say)
             if "scopes" in told.only:
                 by_scope(grown, told.rounds, growth)
