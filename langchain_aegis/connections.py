@@ -6,18 +6,21 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import hiredis
 import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from langchain_aegis.breaker import Breaker, Unavailable
 from langchain_aegis.errors import AegisConfigError
+from langchain_aegis.links import AsyncLinks, Links, packed
 from langchain_aegis.loops import PerLoop
 from langchain_aegis.notices import warn_once
 from langchain_aegis.settings import redact_url
@@ -39,7 +42,7 @@ class Connections:
         client: Use this client's server and credentials instead (a `redis.Redis` or `redis.asyncio.Redis`).
         budget_s: How long one round trip may take; a slower one counts as a fault.
         kwargs: Further arguments of redis-py's connections.
-        max_connections: Per event loop, and for all threads together.
+        max_connections: For all threads together; an event loop needs one.
 
     Raises:
         AegisConfigError: The URL or an argument cannot be used. Nothing is connected yet.
@@ -66,10 +69,8 @@ class Connections:
             "driver_info": None,  # saves a round trip when connecting
         }
         self._lock = threading.Lock()
-        self._sync: redis.Redis | None = None
-        self._async: PerLoop[redis.asyncio.Redis] = PerLoop(
-            self._make_async, lambda client: client.aclose(close_connection_pool=True)
-        )
+        self._sync: Links | None = None
+        self._async: PerLoop[AsyncLinks] = PerLoop(self._make_async, AsyncLinks.aclose)
         _living.add(self)
         self._make_sync()  # a wrong argument is said now; nothing is connected
 
@@ -81,22 +82,13 @@ class Connections:
         """
         if not self.breaker.allow():
             raise Unavailable("redis_down")
-        client = self._sync
-        if client is None:
+        links = self._sync
+        if links is None:
             with self._lock:
-                client = self._sync = self._sync or self._make_sync()
+                links = self._sync = self._sync or self._make_sync()
         try:
-            if len(step.each) == 1:
-                try:
-                    replies = [client.execute_command(*step.each[0])]
-                except ResponseError as exc:
-                    replies = [exc]
-            else:
-                pipe = client.pipeline(transaction=False)
-                for command in step.each:
-                    pipe.execute_command(*command)
-                replies = pipe.execute(raise_on_error=False)
-        except (RedisError, OSError) as exc:
+            replies = links.ask(step.request or packed(step.each), len(step.each))
+        except (RedisError, hiredis.HiredisError, OSError) as exc:
             raise self._unavailable(exc) from exc
         self.breaker.succeeded()
         return replies
@@ -105,19 +97,9 @@ class Connections:
         """Like `perform`, without blocking the event loop."""
         if not self.breaker.allow():
             raise Unavailable("redis_down")
-        client = self._async.get()
         try:
-            if len(step.each) == 1:
-                try:
-                    replies = [await client.execute_command(*step.each[0])]
-                except ResponseError as exc:
-                    replies = [exc]
-            else:
-                pipe = client.pipeline(transaction=False)
-                for command in step.each:
-                    pipe.execute_command(*command)
-                replies = await pipe.execute(raise_on_error=False)
-        except (RedisError, OSError) as exc:
+            replies = await self._async.get().ask(step.request or packed(step.each), len(step.each))
+        except (RedisError, hiredis.HiredisError, OSError) as exc:
             raise self._unavailable(exc) from exc
         self.breaker.succeeded()
         return replies
@@ -125,10 +107,9 @@ class Connections:
     def close(self) -> None:
         """Close the connections of all threads; a later call opens new ones."""
         with self._lock:
-            client, self._sync = self._sync, None
-        if client is not None:
-            client.close()
-            client.connection_pool.disconnect()
+            links, self._sync = self._sync, None
+        if links is not None:
+            links.close()
 
     async def aclose(self) -> None:
         """Close the connections of this event loop, and those of all threads."""
@@ -150,19 +131,17 @@ class Connections:
         )
         return Unavailable("redis_slow" if slow else "redis_down")
 
-    def _make_sync(self) -> redis.Redis:
+    def _make_sync(self) -> Links:
         arguments = {**self._told, **self._ours, "retry": Retry(NoBackoff(), 0)}
         kind = _connection_class(arguments, redis.Connection, redis.SSLConnection, redis.UnixDomainSocketConnection)
+        make = partial(kind, **arguments)
         try:
-            pool = redis.BlockingConnectionPool(
-                max_connections=self._size, timeout=self._budget_s, connection_class=kind, **arguments
-            )
-            pool.make_connection()  # unconnected: only checks the arguments
+            make()  # unconnected: only checks the arguments
         except TypeError as exc:
             raise AegisConfigError(f"redis_kwargs: {exc}") from exc
-        return redis.Redis(connection_pool=pool)
+        return Links(make, self._size, self._budget_s)
 
-    def _make_async(self) -> redis.asyncio.Redis:
+    def _make_async(self) -> AsyncLinks:
         arguments = {**self._told, **self._ours, "retry": AsyncRetry(NoBackoff(), 0)}
         kind = _connection_class(
             arguments,
@@ -170,10 +149,7 @@ class Connections:
             redis.asyncio.SSLConnection,
             redis.asyncio.UnixDomainSocketConnection,
         )
-        pool = redis.asyncio.BlockingConnectionPool(
-            max_connections=self._size, timeout=self._budget_s, connection_class=kind, **arguments
-        )
-        return redis.asyncio.Redis(connection_pool=pool)
+        return AsyncLinks(partial(kind, **arguments), self._budget_s)
 
 
 def _connection_arguments(url: str, client: Any) -> dict[str, Any]:

@@ -43,9 +43,15 @@ _NOTED_HERE: Final = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Commands:
-    """Commands that are sent together, in one round trip; answered by a list of replies."""
+    """Commands that are sent together, in one round trip; answered by a list of replies.
+
+    Attributes:
+        each: Name and arguments of each.
+        request: The same as they are sent, if that is known already, else b"".
+    """
 
     each: tuple[tuple[Any, ...], ...]
+    request: bytes = b""
 
 
 class Namespace:
@@ -64,6 +70,7 @@ class Namespace:
         self._epochs = f"{self.prefix}epochs"
         self._registry = f"{self.prefix}z"
         self._noted: dict[str, tuple[str, str]] = {}  # the last notes of this process, by the key that asked
+        self._told: tuple[Any, Epochs | None] = (), None  # the last reply about the epochs, and what it says
         self._marks: tuple[tuple[str, int], dict[str, int]] = ("", 0), {}  # see `_source_marks`
 
     def records(self, cursor: int = 0) -> Flow[tuple[int, list[Listed]]]:
@@ -111,6 +118,8 @@ class Namespace:
                 f"before:{tenant}", f"out:{user}", *things)  # fmt: skip
 
     def _read_epochs(self, told: Any) -> Epochs | None:
+        if told == self._told[0]:  # as the last time, as a rule
+            return self._told[1]
         if isinstance(told, Exception) or told[0] is None:
             return None
         try:
@@ -125,10 +134,12 @@ class Namespace:
                 "other processes use this Redis with another secret, so answers are not shared with them and cannot be "
                 "invalidated from here; give every host the same AEGIS_SECRET_KEY",
             )
-        return Epochs(
+        epochs = Epochs(
             as_text(told[0]), clock, dead, source, bool(told[3]), fingerprint,
             before_ms=max(before, before_tenant), opted_out=bool(told[8]), trash=bool(told[5]),
         )  # fmt: skip
+        self._told = told, epochs
+        return epochs
 
     def _birth(self) -> tuple[str, str]:
         """Return the incarnation and the fingerprint that a namespace gets if it has none."""

@@ -1,0 +1,355 @@
+"""Round trips to Redis at the price of one write and one read.
+
+redis-py connects: it knows addresses, TLS and credentials, and which error a reply stands for. What goes over the
+connection afterwards does not pass through its client, whose pool, retries and metrics cost several times what the
+round trip itself does. A connection over which anything went wrong is closed: a reply that came late must never be
+taken for the answer to another question.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import hiredis
+import redis
+import redis.asyncio
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+_IDLE_S: Final = 0.02  # after so long it is asked whether the server has closed the connection meanwhile
+_READ_AT_ONCE: Final = 65_536
+
+
+def packed(commands: Sequence[tuple[Any, ...]]) -> bytes:
+    """Return commands as they are sent."""
+    return b"".join([hiredis.pack_command(command) for command in commands])
+
+
+def _check(replies: list[Any]) -> list[Any]:
+    """Return replies; raises those that concern the server rather than a command: it is loading, or full."""
+    for reply in replies:
+        if isinstance(reply, RedisConnectionError):
+            raise reply
+    return replies
+
+
+class Link:
+    """One connection for one caller at a time, which blocks it."""
+
+    __slots__ = ("_buffer", "_connection", "_poll", "_reader", "_sock", "_timeout_s", "used_s")
+
+    def __init__(self, connection: redis.Connection) -> None:
+        connection.connect()
+        self._connection = connection
+        sock: Any = connection._sock
+        self._sock = sock
+        self._timeout_s: float = connection.socket_timeout or float("inf")
+        self._reader: Any = hiredis.Reader(replyError=connection._parser.parse_error)  # its stubs know no bytearray
+        self._buffer = bytearray(_READ_AT_ONCE)
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+        self.used_s = time.monotonic()
+
+    def ask(self, request: bytes, count: int) -> list[Any]:
+        """Send what `packed` returned and return so many replies; after an exception, `close` it."""
+        sock, reader, buffer = self._sock, self._reader, self._buffer
+        sock.sendall(request)
+        replies: list[Any] = []
+        late_s = 0.0
+        while True:
+            if not (size := sock.recv_into(buffer)):
+                raise RedisConnectionError("Redis closed the connection")
+            reader.feed(buffer, 0, size)
+            while (reply := reader.gets()) is not False:
+                replies.append(reply)
+            now_s = time.monotonic()
+            if len(replies) >= count:
+                break
+            late_s = late_s or now_s + self._timeout_s
+            if now_s > late_s:  # it answers, but drop by drop
+                raise RedisTimeoutError("Redis did not answer in time")
+        if len(replies) != count or reader.has_data():
+            raise RedisConnectionError("Redis answered what was not asked")
+        self.used_s = now_s
+        return replies
+
+    def is_stale(self) -> bool:
+        """Return whether the server has closed the connection, or sent something unasked."""
+        return time.monotonic() - self.used_s > _IDLE_S and bool(self._poll.poll(0))
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.disconnect()
+
+
+class Links:
+    """Blocking connections for all threads.
+
+    Args:
+        make: Returns a connection of redis-py that is not connected yet.
+        most: So many at a time.
+        wait_s: How long a caller waits while all are in use.
+    """
+
+    def __init__(self, make: Callable[[], Any], most: int, wait_s: float) -> None:
+        self._make = make
+        self._most = most
+        self._wait_s = wait_s
+        self._free: deque[Link] = deque()  # its methods are atomic
+        self._changed = threading.Condition()
+        self._count = 0
+        self._waiting = 0
+        self._closed = False
+
+    def ask(self, request: bytes, count: int) -> list[Any]:
+        """Send what `packed` returned and return so many replies; error replies are values.
+
+        Raises RedisError or OSError.
+        """
+        try:
+            link = self._free.pop()
+        except IndexError:
+            link = self._another()
+        try:
+            if link.is_stale():
+                link.close()
+                link = Link(self._make())
+            replies = link.ask(request, count)
+        except BaseException:  # a KeyboardInterrupt too
+            link.close()
+            self._lost()
+            raise
+        self._free.append(link)
+        if self._waiting:
+            with self._changed:
+                self._changed.notify()
+        if self._closed:
+            self.close()
+        return _check(replies)
+
+    def close(self) -> None:
+        """Close the connections: those in use once they are given back."""
+        self._closed = True
+        with contextlib.suppress(IndexError):
+            while True:
+                self._free.pop().close()
+                self._lost()
+
+    def _another(self) -> Link:
+        until_s = time.monotonic() + self._wait_s
+        with self._changed:
+            self._waiting += 1
+            try:
+                while True:
+                    with contextlib.suppress(IndexError):
+                        return self._free.pop()
+                    if self._count < self._most:
+                        self._count += 1
+                        break
+                    if not self._changed.wait(until_s - time.monotonic()):
+                        raise RedisTimeoutError("all connections to Redis are in use")
+            finally:
+                self._waiting -= 1
+        try:
+            return Link(self._make())
+        except BaseException:
+            self._lost()
+            raise
+
+    def _lost(self) -> None:
+        with self._changed:
+            self._count -= 1
+            self._changed.notify()
+
+
+class _Asked:
+    """A question on its way; it keeps its place in the row even if nobody waits for the answer any longer."""
+
+    __slots__ = ("answer", "count", "replies", "sent_s")
+
+    def __init__(self, answer: asyncio.Future[list[Any]], count: int, sent_s: float) -> None:
+        self.answer = answer
+        self.count = count
+        self.sent_s = sent_s
+        self.replies: list[Any] = []
+
+
+class AsyncLink(asyncio.Protocol):
+    """One connection for all callers of an event loop: what they ask in one turn of the loop is sent together."""
+
+    def __init__(self, connection: redis.asyncio.Connection, budget_s: float) -> None:
+        """Take over a connection that has just been made."""
+        writer: Any = connection._writer
+        self._loop = asyncio.get_running_loop()
+        self._budget_s = budget_s
+        self._connection = connection
+        self._transport: asyncio.Transport = writer.transport
+        self._reader = hiredis.Reader(replyError=connection._parser.parse_error)
+        self._asked: deque[_Asked] = deque()
+        self._unsent: list[bytes] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._heard_s = self._loop.time()
+        self.closed = False
+        self._poll = select.poll()
+        self._poll.register(writer.get_extra_info("socket").fileno(), select.POLLIN)
+        self._transport.set_protocol(self)
+
+    async def ask(self, request: bytes, count: int) -> list[Any]:
+        """Send what `packed` returned and return so many replies. Raises RedisError."""
+        if self.closed:
+            raise RedisConnectionError("the connection to Redis was closed")
+        loop = self._loop
+        asked = _Asked(loop.create_future(), count, loop.time())
+        self._asked.append(asked)
+        if len(self._asked) == 1:
+            self._transport.write(request)
+        else:
+            if not self._unsent:
+                loop.call_soon(self._send)
+            self._unsent.append(request)
+            asked.sent_s = float("inf")
+        if self._timer is None:
+            self._timer = loop.call_later(self._budget_s, self._look)
+        return _check(await asked.answer)
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the connection is closed, or has said something unasked while it was idle."""
+        return self.closed or (
+            not self._asked and self._loop.time() - self._heard_s > _IDLE_S and bool(self._poll.poll(0))
+        )
+
+    def close(self, error: Exception | None = None) -> None:
+        """Close the connection; whoever waits for an answer is told `error`."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._transport.abort()
+        self._connection._close()
+        while self._asked:
+            answer = self._asked.popleft().answer
+            if not answer.done():
+                answer.set_exception(error or RedisConnectionError("the connection to Redis was closed"))
+
+    # -- what the event loop tells ------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        """Give each answer to the one who asked first."""
+        reader, row = self._reader, self._asked
+        self._heard_s = self._loop.time()
+        try:
+            reader.feed(data)
+            while (reply := reader.gets()) is not False:
+                asked = row[0]
+                asked.replies.append(reply)
+                if len(asked.replies) == asked.count:
+                    row.popleft()
+                    if not asked.answer.done():
+                        asked.answer.set_result(asked.replies)
+        except (hiredis.HiredisError, IndexError) as exc:
+            self.close(RedisConnectionError(f"Redis answered what was not asked ({type(exc).__name__})"))
+
+    def eof_received(self) -> bool:
+        """The server has closed the connection."""
+        self.close()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone."""
+        self.close(None if exc is None else RedisConnectionError(f"the connection to Redis broke ({exc})"))
+
+    def _send(self) -> None:
+        if not self.closed:
+            self._transport.write(b"".join(self._unsent))
+            now_s, row = self._loop.time(), self._asked
+            for i in range(1, len(self._unsent) + 1):
+                row[-i].sent_s = now_s
+        self._unsent.clear()
+
+    def _look(self) -> None:
+        """Tell those that have waited for too long. A server that has said nothing at all may never do so again."""
+        self._timer = None
+        if not self._asked:
+            return
+        late_s = self._loop.time() - self._budget_s
+        first_s = self._asked[0].sent_s
+        if first_s <= late_s and self._heard_s <= first_s:
+            self.close(RedisTimeoutError("Redis did not answer in time"))
+            return
+        next_s = late_s + self._budget_s
+        for asked in self._asked:
+            if asked.sent_s > late_s:
+                next_s = min(next_s, asked.sent_s)
+                break
+            if not asked.answer.done():
+                asked.answer.set_exception(RedisTimeoutError("Redis did not answer in time"))
+        self._timer = self._loop.call_at(next_s + self._budget_s, self._look)
+
+
+class AsyncLinks:
+    """The connection of one event loop, made when it is needed.
+
+    Args:
+        make: Returns a connection of redis-py that is not connected yet.
+        budget_s: How long an answer may take.
+    """
+
+    def __init__(self, make: Callable[[], Any], budget_s: float) -> None:
+        self._make = make
+        self._budget_s = budget_s
+        self._link: AsyncLink | None = None
+        self._making: asyncio.Task[AsyncLink] | None = None
+
+    async def ask(self, request: bytes, count: int) -> list[Any]:
+        """Send what `packed` returned and return so many replies; error replies are values. Raises RedisError, OSError.
+
+        Whoever is cancelled meanwhile leaves the others' answers as they are.
+        """
+        link = self._link
+        if link is None or link.doubtful:
+            link = await self._connected()
+        return await link.ask(request, count)
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        making, link = self._making, self._link
+        self._making = self._link = None
+        if making is not None:
+            making.cancel()
+        if link is not None:
+            link.close()
+
+    async def _connected(self) -> AsyncLink:
+        if (link := self._link) is not None and link.doubtful:
+            self._link = None
+            link.close()
+        if self._making is None:
+            self._making = asyncio.ensure_future(self._connect())
+            self._making.add_done_callback(self._made)
+        return await asyncio.shield(self._making)
+
+    async def _connect(self) -> AsyncLink:
+        connection = self._make()
+        await connection.connect()
+        return AsyncLink(connection, self._budget_s)
+
+    def _made(self, making: asyncio.Task[AsyncLink]) -> None:
+        if making.cancelled():
+            wanted = False
+        else:
+            wanted = making is self._making
+            if making.exception() is None and wanted:
+                self._link = making.result()
+            elif making.exception() is None:
+                making.result().close()
+        if wanted:
+            self._making = None
