@@ -230,10 +230,15 @@ def _patterns(name: str, patterns: Iterable[str]) -> tuple[str, ...]:
     return told
 
 
+def never(_: str) -> bool:
+    """Say no: the rule where none was given."""
+    return False
+
+
 def _matching(name: str, rule: Bypass | None) -> Callable[[str], bool]:
     """Return a rule, given as a function or as patterns, as a function."""
     if rule is None:
-        return lambda _: False
+        return never
     if callable(rule):
         _check_rule(name, rule)
         return rule

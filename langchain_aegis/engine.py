@@ -13,12 +13,12 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGeneration, Generation
 
 from langchain_aegis import entries
 from langchain_aegis.breaker import Unavailable
-from langchain_aegis.cache_options import Options
+from langchain_aegis.cache_options import Options, never
 from langchain_aegis.calibration import Calibration, thresholds
 from langchain_aegis.counts import Counts, cost_of
 from langchain_aegis.embedder import Embedder
@@ -27,7 +27,7 @@ from langchain_aegis.flows import Flow
 from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.home import load_secret
 from langchain_aegis.keys import Declined, Key, Keyring, Who
-from langchain_aegis.lookup import Lookup, Policy, Work, embed, find, take_vector
+from langchain_aegis.lookup import LONG, Lookup, Policy, Work, embed, find, resolved, take_vector
 from langchain_aegis.notices import warn_once
 from langchain_aegis.questions import exact_only_reason, find_question
 from langchain_aegis.reports import lookup_id
@@ -43,7 +43,7 @@ from langchain_aegis.verification import compare, profile
 T = TypeVar("T")
 
 
-_LONG = 4_000  # characters of a prompt that is read in a thread: beyond, it takes milliseconds
+_LONG_UNREAD = 30_000  # characters of a prompt of which a digest is made in a thread: beyond, it takes milliseconds
 _LONGEST_S = 10 * 365 * 86_400  # beyond, Redis could not count
 
 
@@ -59,6 +59,7 @@ class Engine:
         self.reset()
         reset_after_fork(self)
         self._opened: tuple[Keyring, Store] | None = None
+        self._policies: dict[bool, Policy] = {}
         self._seen_tenant = current().tenant is not None  # made inside a scope: before `tenants_named` is looked at
         self.calibration: Calibration | None = None  # of this embedder, once it is made
         self.wake_sweeper: Callable[[], None] = lambda: None
@@ -84,18 +85,11 @@ class Engine:
         """Records that were damaged, forged, or of somebody else."""
         return self._opened[1].rejected if self._opened is not None else 0
 
-    def scopes_noticed(self) -> str:
-        """Return what was noticed about the scopes of this process's calls, or ""."""
-        summary = self.scopes.summary()
-        if summary is None or not summary.remedies:
-            return ""
-        return f"{summary.once:.0%} of {summary.scopes} scopes were seen once: {'; '.join(summary.remedies)}"
-
     def stats(self) -> CacheStats:
         """Return what happened so far."""
         counted = self.counts.snapshot()
         values = {f.name: getattr(counted, f.name) for f in fields(counted)}
-        return CacheStats(**values, rejected=self.rejected, scopes=self.scopes_noticed())
+        return CacheStats(**values, rejected=self.rejected, scopes=self.scopes.noticed())
 
     # -- one call -------------------------------------------------------------------------------------------------
 
@@ -103,7 +97,7 @@ class Engine:
         """Return what is served for a model's call, fresh for it; a miss is kept in mind for the update."""
         note_lookup("")
         told = self.caller()
-        key = (yield from self.located(prompt, llm_string, told)) if isinstance(told, Who) else told
+        key: Key | str = told if isinstance(told, str) else (yield from self._located(prompt, llm_string, told))
         if isinstance(key, Key):
             found = yield from self.find(key)
             answer = self._served(found, entries.decode_answer)
@@ -121,9 +115,20 @@ class Engine:
 
     def located(self, prompt: str, llm_string: str, told: Who) -> Flow[Key | str]:
         """Return where the answer belongs, or the reason why the cache is not used."""
+        key = yield from self._located(prompt, llm_string, told)
+        if isinstance(key, Key):
+            yield from resolved(key)
+        return key
+
+    def _located(self, prompt: str, llm_string: str, told: Who) -> Flow[Key | str]:
+        """Return the same; of the key only what an exact repeat needs is known."""
         yield from self.ready()
-        locate = partial(self._locate, prompt, llm_string, told)
-        return (yield Work(locate)) if len(prompt) > _LONG else locate()
+        # Where an option asks for the question, all of the prompt has to be read now.
+        long = LONG if self.options.bypass is not never or self.options.scope_ignore else _LONG_UNREAD
+        if len(prompt) > long:
+            located: Key | str = yield Work(partial(self._locate, prompt, llm_string, told))
+            return located
+        return self._locate(prompt, llm_string, told)
 
     def ready(self) -> Flow[None]:
         """See to it that the secret and the words of the guards are read: no event loop shall wait for that."""
@@ -143,7 +148,11 @@ class Engine:
         key = self.keyring.for_prompt(prompt, llm_string, told, current().question)
         if isinstance(key, Declined):
             return key.reason
-        return "bypass" if self.options.bypass(key.question if key.question is not None else prompt) else key
+        if (bypass := self.options.bypass) is not never and bypass(
+            key.question if key.question is not None else prompt
+        ):
+            return "bypass"
+        return key
 
     def lookup_value(
         self, question: str, pipeline: str, version: str
@@ -174,7 +183,7 @@ class Engine:
         found = yield from find(self.store, key, self.policy(), now_ms, self.keyring.profile_key, serve=serve)
         note_lookup(found.epochs.stamp() if found.epochs is not None else "")
         yield from self.heed(found)
-        if key.scope and found.tier != "exact":
+        if found.tier != "exact" and key.scope:
             self.scopes.saw(key.scope, key.fields)
         return found
 
@@ -246,7 +255,7 @@ class Engine:
             return (yield from self.give_up(found, "not_json"))
         negative = self.options.negative(generations[0].text)
         by_meaning = len(generations) == 1 and not entries.calls_tools(generations) and not negative
-        digest = _model_digest(generations)
+        digest = entries.model_digest(generations)
         yield from self._store(found, answer, by_meaning=by_meaning, digest=digest, negative=negative)
 
     def store_value(self, found: Lookup, value: Any, *, negative: bool = False) -> Flow[None]:
@@ -298,10 +307,11 @@ class Engine:
 
     def policy(self, **changes: Any) -> Policy:
         """Return how near is near enough."""
-        o = self.options
-        return replace(
-            Policy(
-                semantic=not self.embedder.missing,
+        semantic = not self.embedder.missing
+        if (made := self._policies.get(semantic)) is None:
+            o = self.options
+            made = self._policies[semantic] = Policy(
+                semantic=semantic,
                 embedder=self.min_similarity,
                 k=o.k,
                 guards_off=o.guards_off,
@@ -312,9 +322,8 @@ class Engine:
                 lease_ms=o.lease_ms,
                 wait_s=o.lease_wait_s,
                 repeats=o.repeats,
-            ),
-            **changes,
-        )
+            )
+        return replace(made, **changes) if changes else made
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
@@ -336,10 +345,11 @@ class Engine:
 
     def caller(self) -> Who | str:
         """Return whose call it is, or the reason why the cache must not be used for it."""
-        if not self.options.settings.cache_enabled or current().cache == "off":
+        scope, settings = current(), self.options.settings
+        if not settings.cache_enabled or scope.cache == "off":
             return "off"
         try:
-            tenant, user = who(self.options.settings.tenant_key, self.options.settings.user_key)
+            tenant, user = who(settings.tenant_key, settings.user_key)
         except AegisConfigError as exc:
             warn_once(
                 "bad_identity", f"a call names a tenant or user that cannot be used ({exc}); it bypasses the cache"
@@ -348,7 +358,7 @@ class Engine:
         if self._tenant_missing(tenant is not None):
             return "no_tenant"
         self._seen_tenant = self._seen_tenant or tenant is not None
-        return Who(tenant=tenant, user=user, task=current().task)
+        return Who(tenant=tenant, user=user, task=scope.task)
 
     def _tenant_missing(self, tenanted: bool) -> bool:
         required = self.options.require_tenant
@@ -483,13 +493,6 @@ class Engine:
 def _is_stale(messages: Sequence[BaseMessage]) -> str | None:
     """Return a reason code if an answer is an old one of a cache itself: as a new one it would live on."""
     return "stale" if any((was_cached(message) or {}).get("stale") for message in messages) else None
-
-
-def _model_digest(generations: Sequence[Generation]) -> str:
-    for generation in generations:
-        if isinstance(generation, ChatGeneration) and isinstance(generation.message, AIMessage):
-            return str(generation.message.response_metadata.get("model_digest") or "")
-    return ""
 
 
 def now_ms() -> int:

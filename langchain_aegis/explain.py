@@ -148,7 +148,7 @@ def _explanation(
         embedder=engine.embedder.name,
         candidates=candidates,
         meanings={code: f"{reason.meaning} {reason.remedy}".strip() for code, reason in told.items()},
-        scopes=engine.scopes_noticed(),
+        scopes=engine.scopes.noticed(),
     )
 
 

@@ -11,7 +11,7 @@ from langchain_core.language_models import BaseChatModel
 
 from langchain_aegis.breaker import Breaker
 from langchain_aegis.errors import AegisConfigError
-from langchain_aegis.keys import parse_llm_string
+from langchain_aegis.model_parts import parse_llm_string
 from langchain_aegis.notices import warn_once
 from langchain_aegis.recached import Recached
 

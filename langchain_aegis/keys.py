@@ -6,7 +6,6 @@ everything but the question is the same. Every digest is keyed, so that nobody w
 
 from __future__ import annotations
 
-import ast
 import functools
 import hashlib
 import hmac
@@ -17,7 +16,8 @@ from itertools import chain, pairwise
 from typing import Any
 
 from langchain_aegis.chunks import ChunkRule, Chunks, Part
-from langchain_aegis.messages import Message, dumps, loads, parse_prompt
+from langchain_aegis.messages import Message, dumps, parse_prompt
+from langchain_aegis.model_parts import ModelPart, model_fields, parse_llm_string
 from langchain_aegis.notices import warn_once
 from langchain_aegis.questions import (
     LABELS,
@@ -29,27 +29,7 @@ from langchain_aegis.questions import (
     question_at,
 )
 
-_MODEL_NAMES = (
-    "model",
-    "model_name",
-    "model_id",
-    "deployment_name",
-    "azure_deployment",
-    "repo_id",
-    "model_path",
-    "engine",
-)
-_OWN_FORM = "aegis/1 "
-_UNREADABLE = "unreadable"
-_TOOL_FIELDS = frozenset({"tools", "functions", "tool_choice", "function_call"})
-_STRUCTURE_FIELDS = frozenset({"format", "response_format", "ls_structured_output_format", "structured_output"})
 _TELLING = frozenset({"system", "developer"})
-_PART_OF = {
-    "stop": "stop",
-    **dict.fromkeys(_MODEL_NAMES, "model"),
-    **dict.fromkeys(_TOOL_FIELDS, "tools"),
-    **dict.fromkeys(_STRUCTURE_FIELDS, "format"),
-}
 
 FindQuestion = Callable[[str], "tuple[int, int] | None"]
 Fields = tuple[bytes | str, ...]
@@ -88,6 +68,105 @@ class Key:
     sets: tuple[str, ...] = ()
     fields: Callable[[], dict[str, str]] = field(default=dict, compare=False, repr=False)
 
+    @property
+    def length(self) -> int:
+        """Characters of the prompt that `resolve` has to read; 0 if all is known."""
+        return 0
+
+    def resolve(self) -> None:
+        """Find out what is not known yet."""
+
+
+class _PromptKey(Key):
+    """The key of a prompt whose question is looked for when somebody asks: an exact repeat needs none."""
+
+    __slots__ = ("_reading",)
+    _reading: _Reading
+
+    def __init__(self, exact: str, owner: _Owner, reading: _Reading) -> None:
+        put = object.__setattr__
+        put(self, "exact", exact)
+        put(self, "things", owner.things)
+        put(self, "tenant", owner.tenant)
+        put(self, "user", owner.user)
+        put(self, "tenanted", owner.tenanted)
+        put(self, "task", owner.task)
+        put(self, "sets", owner.sets)
+        put(self, "_reading", reading)
+
+    @property
+    def length(self) -> int:
+        return self._reading.length()
+
+    def resolve(self) -> None:
+        self._reading.meaning()
+
+    @property
+    def scope(self) -> str:
+        return self._reading.meaning().scope
+
+    @property
+    def question(self) -> str | None:
+        return self._reading.meaning().question
+
+    @property
+    def exact_only(self) -> str | None:
+        return self._reading.meaning().exact_only
+
+    @property
+    def fields(self) -> Callable[[], dict[str, str]]:
+        return self._reading.fields
+
+
+class _Reading:
+    """A prompt that was taken apart, and what it asks once somebody wants to know."""
+
+    __slots__ = ("_known", "_marked", "_messages", "_model", "_ring", "_who")
+
+    def __init__(
+        self, ring: Keyring, messages: Sequence[Message], marked: str | None, who: Who, model: ModelPart
+    ) -> None:
+        self._ring = ring
+        self._messages = messages
+        self._marked = marked
+        self._who = who
+        self._model = model
+        self._known: _Meaning | None = None
+
+    def length(self) -> int:
+        return 0 if self._known is not None else sum(len(m.text or "") for m in self._messages)
+
+    def meaning(self) -> _Meaning:
+        if (known := self._known) is None:
+            known = self._known = self._ring._meaning(self._messages, self._marked, self._who, self._model)
+        return known
+
+    def fields(self) -> dict[str, str]:
+        return self._ring._prompt_fields(self._messages, self.meaning().span, self._who, self._model.canonical)
+
+
+@dataclass(frozen=True, slots=True)
+class _Meaning:
+    """The part of a key that needs the question; `span` is where it stands, even if only the exact tier applies."""
+
+    scope: str
+    question: str | None
+    exact_only: str | None
+    span: Question | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    """What the keys of one caller and model have in common; `exact` is the beginning of their digests."""
+
+    exact: Any
+    things: tuple[str, ...]
+    tenant: str
+    user: str | None
+    tenanted: bool
+    task: str
+    sets: tuple[str, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Declined:
@@ -98,15 +177,6 @@ class Declined:
     """
 
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class ModelPart:
-    """What LangChain's `llm_string` says about the model."""
-
-    canonical: str
-    name: str | None
-    exact_only: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,6 +230,7 @@ class Keyring:
         self._allow_unnamed = allow_unnamed_models
         self._labels = labels if labels is not None else LABELS
         self._chunks = Chunks(chunks)
+        self._owner = functools.lru_cache(maxsize=256)(self._make_owner)
 
     def for_prompt(self, prompt: str, llm_string: str, who: Who, question: str | None = None) -> Key | Declined:
         """Return the key of a call that LangChain describes with two strings.
@@ -178,20 +249,28 @@ class Keyring:
         messages = parse_prompt(prompt)
         if messages is None:
             return Declined("unreadable_prompt")
+        owner = self._owner(who.tenant, who.user, who.task, model.name, model.canonical)
+        reading = _Reading(self, messages, question, who, model)
+        span = reading.meaning().span if self._ignore else None  # patterns do not apply to the question
+        *others, last = messages
+        rows = [self._exact_row(m, None, last=False) for m in others]
+        rows.append(self._exact_row(last, span, last=True))
+        digest = owner.exact.copy()
+        digest.update(_framed(chain.from_iterable(rows)))
+        return _PromptKey(digest.hexdigest(), owner, reading)
+
+    def _meaning(self, messages: Sequence[Message], question: str | None, who: Who, model: ModelPart) -> _Meaning:
+        """Return scope, question, and why only the exact tier applies."""
         span, reason = self._question(messages, question)
         reason = model.exact_only or reason
-        told = (*self._who(who), model.canonical)
-        *others, last = messages
-        before = [self._exact_row(m, None, last=False) for m in others]
-        exact = self._digest("exact", *told, *chain(*before), *self._exact_row(last, span, last=True))
         scope, text = "", None
         if reason is None and span is not None:
-            if self._chunks:
-                before = [self._scope_row(m, None) for m in others]
+            told = (*self._who(who), model.canonical)
+            *others, last = messages
+            before = [(self._scope_row if self._chunks else self._plain_row)(m) for m in others]
             scope = self._digest("scope", *told, *chain(*before), *self._scope_row(last, span))
             text = span.text
-        fields = functools.partial(self._prompt_fields, messages, span, who, model.canonical)
-        return self._key(exact, scope, text, reason, who, model.name, fields)
+        return _Meaning(scope, text, reason, span)
 
     def for_pipeline(self, question: str, who: Who, *, pipeline: str, version: str) -> Key:
         """Return the key of a whole pipeline's answer to `question`."""
@@ -205,45 +284,34 @@ class Keyring:
             return self._short({**self._who_fields(who), "pipeline": [pipeline], "version": [version]})
 
         text_asked = text if reason is None else None
-        return self._key(exact, scope, text_asked, reason, who, f"pipeline:{pipeline}", fields)
+        owner = self._owner(who.tenant, who.user, who.task, f"pipeline:{pipeline}", model)
+        return Key(
+            exact, scope, text_asked, reason, owner.things, owner.tenant, owner.user, owner.tenanted, owner.task,
+            owner.sets, fields,
+        )  # fmt: skip
 
     def thing(self, kind: str, *values: str | None) -> str:
         """Return the name under which invalidations of one kind of thing are kept, e.g. ("tenant", "acme")."""
         return f"{kind}:{self._digest(kind, *values)[:16]}"
 
-    def _key(
-        self,
-        exact: str,
-        scope: str,
-        text: str | None,
-        reason: str | None,
-        who: Who,
-        model: str | None,
-        fields: Callable[[], dict[str, str]],
-    ) -> Key:
-        tenant = self.thing("tenant", who.tenant)
+    def _make_owner(
+        self, tenant_name: str | None, user_name: str | None, task: str | None, model: str | None, canonical: str
+    ) -> _Owner:
+        tenant = self.thing("tenant", tenant_name)
         things, sets = ["namespace", tenant], [tenant]
         user = None
-        for kind, name in (("user", who.user), ("task", who.task), ("model", model)):
+        for kind, name in (("user", user_name), ("task", task), ("model", model)):
             if name is None:
                 continue
             alone = self.thing(kind, name)
-            things += [alone, self.thing(f"tenant-{kind}", who.tenant, name)]
+            things += [alone, self.thing(f"tenant-{kind}", tenant_name, name)]
             sets.append(alone)
             user = alone if kind == "user" else user
-        return Key(
-            exact,
-            scope,
-            text,
-            reason,
-            tuple(things),
-            tenant,
-            user,
-            who.tenant is not None,
-            who.task or "",
-            tuple(sets),
-            fields,
-        )
+        who = Who(tenant=tenant_name, user=user_name, task=task)
+        return _Owner(
+            self._begun("exact", *self._who(who), canonical), tuple(things), tenant, user, tenant_name is not None,
+            task or "", tuple(sets),
+        )  # fmt: skip
 
     def _who(self, who: Who) -> tuple[str | None, ...]:
         return (who.tenant, None if self._share else who.user, who.task)
@@ -302,7 +370,10 @@ class Keyring:
         # A last message without a span may be a question as a whole: nothing of it is left out.
         return (message.role, message.rest, kind, text if last else self._cut(text))
 
-    def _scope_row(self, message: Message, span: Question | None) -> Fields:
+    def _plain_row(self, message: Message) -> Fields:
+        return self._exact_row(message, None, last=False)
+
+    def _scope_row(self, message: Message, span: Question | None = None) -> Fields:
         """Return role, rest, kind, text and chunks; of the message with the question, text and chunks after it too."""
         text, kind = message.text, "text" if isinstance(message.content, str) else "block"
         if text is None:
@@ -351,76 +422,28 @@ class Keyring:
         return text
 
     def _digest(self, kind: str, *fields: str | bytes | None) -> str:
+        digest: str = self._begun(kind, *fields).hexdigest()
+        return digest
+
+    def _begun(self, kind: str, *fields: str | bytes | None) -> Any:
+        """Return the digest of some fields; more may be added."""
         digest = hashlib.blake2b(key=self._names_key, digest_size=16, person=b"aegis-name-v1")
-        pieces: list[bytes] = []
-        for item in (kind, self._namespace, *fields):
-            if item is None:
-                pieces.append(b"\xff" * 8)  # no length: a field that is absent equals no text
-                continue
-            data = item if isinstance(item, bytes) else item.encode("utf-8", "surrogatepass")
-            pieces += len(data).to_bytes(8, "big"), data
-        digest.update(b"".join(pieces))
-        return digest.hexdigest()
+        digest.update(_framed((kind, self._namespace, *fields)))
+        return digest
+
+
+def _framed(fields: Iterable[str | bytes | None]) -> bytes:
+    """Return fields so that no two lists of them are the same bytes."""
+    pieces: list[bytes] = []
+    for item in fields:
+        if item is None:
+            pieces.append(b"\xff" * 8)  # no length: a field that is absent equals no text
+            continue
+        data = item if isinstance(item, bytes) else item.encode("utf-8", "surrogatepass")
+        pieces += len(data).to_bytes(8, "big"), data
+    return b"".join(pieces)
 
 
 def derive(secret: bytes, purpose: str) -> bytes:
     """Return the 32-byte key for one purpose."""
     return hmac.digest(secret, f"langchain-aegis {purpose} v1".encode(), "sha256")
-
-
-@functools.lru_cache(maxsize=256)
-def parse_llm_string(llm_string: str) -> ModelPart | None:
-    """Read what LangChain says about the model; None if it is LangChain's own form and names no model.
-
-    A form that is not known is opaque: hashed whole, exact tier only.
-    """
-    fields = _read(llm_string)
-    if fields is None:
-        return ModelPart(llm_string, None, "opaque_model")
-    name = _name(fields)
-    if name is None and not llm_string.startswith(_OWN_FORM):
-        return None
-    reason = "tools" if any(fields.get(f) for f in _TOOL_FIELDS) else None
-    if reason is None and any(fields.get(f) for f in _STRUCTURE_FIELDS):
-        reason = "structured_output"
-    return ModelPart(llm_string, name, reason)
-
-
-def model_fields(llm_string: str) -> dict[str, tuple[str]]:
-    """Return what an `llm_string` says in parts: model, tools, format, stop, and all else as options."""
-    fields = _read(llm_string)
-    parts: dict[str, dict[str, Any]] = {"model": {}, "options": {}, "tools": {}, "format": {}, "stop": {}}
-    if fields is None or _UNREADABLE in fields.values():
-        fields = {**(fields or {}), "whole": llm_string}
-    for name, value in fields.items():
-        parts[_PART_OF.get(name, "options")][name] = value
-    return {part: (repr(sorted(told.items())),) for part, told in parts.items()}
-
-
-def _name(fields: Mapping[str, Any]) -> str | None:
-    return next((str(fields[n]) for n in _MODEL_NAMES if fields.get(n)), None)
-
-
-def _read(llm_string: str) -> dict[str, Any] | None:
-    """Return the fields of a form that is known, else None."""
-    try:
-        if llm_string.startswith(_OWN_FORM):
-            return dict(loads(llm_string[len(_OWN_FORM) :]))
-        if llm_string.startswith("[("):
-            return _read_params(llm_string)
-        head, dashes, tail = llm_string.rpartition("---")
-        if dashes and head.startswith("{"):  # a serialisable model: its constructor as JSON, then the call's arguments
-            return {**loads(head).get("kwargs", {}), **_read_params(tail)}
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        return None
-    return None
-
-
-def _read_params(text: str) -> dict[str, Any]:
-    """Read `str(sorted(params.items()))`: as literals where possible, else at least the names and plain texts."""
-    try:
-        return dict(ast.literal_eval(text))
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        names: dict[str, Any] = dict.fromkeys(re.findall(r"[\[ ]\('(\w+)', (?!None)", text), _UNREADABLE)
-        names.update(re.findall(r"[\[ ]\('(\w+)', '([^']*)'\)", text))
-        return names

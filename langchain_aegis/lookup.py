@@ -23,6 +23,7 @@ from langchain_aegis.verification import Profile, compare, hardly_differ, nearne
 
 _SERVED: Final = "s"  # begins the note that an entry was served for a text, and until when it can be
 _UNHEARD: Final = frozenset({"verifier_slow", "verifier_failed"})
+LONG: Final = 4_000  # characters of a prompt that is read in a thread
 AGREES: Final = 0.5  # of a verifier: from here on one answer serves both questions
 
 
@@ -182,11 +183,14 @@ def find(
     try:
         if not serve:
             found.epochs = yield from store.refresh(key.exact, key.things)
+            yield from resolved(key)
             if key.question is not None and policy.semantic:  # the new answer shall be found by meaning, too
                 yield from embed(found, policy, profile_key)
             found.reasons = ("refresh",)
             return found
         yield from _exact(found, store, policy, now_ms())
+        if found.record is None:
+            yield from resolved(key)
         if found.record is not None or found.reasons:
             if found.fence and key.question is not None and policy.semantic:  # as for a refresh
                 told = found.reasons
@@ -199,6 +203,14 @@ def find(
     except Unavailable as exc:
         found.record, found.tier, found.similarity, found.reasons = None, "miss", None, (exc.reason,)
     return found
+
+
+def resolved(key: Key) -> Flow[None]:
+    """See to it that the question is known: in a long prompt, finding it takes milliseconds."""
+    if key.length > LONG:
+        yield Work(key.resolve)
+    else:
+        key.resolve()
 
 
 def _exact(found: Lookup, store: Store, policy: Policy, now_ms: int) -> Flow[None]:

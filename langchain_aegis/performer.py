@@ -21,6 +21,7 @@ from langchain_aegis.flows import Flow, arun, run
 from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.lookup import Embed, Later, Verify, Wait, Work
 from langchain_aegis.notices import logger, warn_once
+from langchain_aegis.store import Commands
 from langchain_aegis.sweeper import the_sweeper
 from langchain_aegis.verifiers import Verifier
 
@@ -43,6 +44,8 @@ class Performer:
         engine.wake_sweeper = self._sweep
 
     def _perform(self, step: Any) -> Any:
+        if type(step) is Commands:
+            return self._connections.perform(step)
         if isinstance(step, Embed):
             return self._engine.embedder.embed(step.text)
         if isinstance(step, Verify):
@@ -51,9 +54,12 @@ class Performer:
             return step.do()
         if isinstance(step, Later):
             return self._leave(step)
-        return time.sleep(step.seconds) if isinstance(step, Wait) else self._connections.perform(step)
+        assert isinstance(step, Wait)  # noqa: S101  # there is no other
+        return time.sleep(step.seconds)
 
     async def _aperform(self, step: Any) -> Any:
+        if type(step) is Commands:
+            return await self._connections.aperform(step)
         if isinstance(step, Embed):
             return await self._engine.embedder.aembed(step.text)
         if isinstance(step, Verify):
@@ -62,7 +68,8 @@ class Performer:
             return await _in_thread(step.do)
         if isinstance(step, Later):
             return self._leave(step)
-        return await (asyncio.sleep(step.seconds) if isinstance(step, Wait) else self._connections.aperform(step))
+        assert isinstance(step, Wait)  # noqa: S101  # there is no other
+        return await asyncio.sleep(step.seconds)
 
     def _leave(self, step: Later) -> None:
         """Have a flow run by another thread; where too many are waiting, one is lost."""

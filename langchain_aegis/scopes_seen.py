@@ -116,6 +116,13 @@ class ScopesSeen:
         if due or full:
             self._look(full=full)
 
+    def noticed(self) -> str:
+        """Return in a sentence what was noticed about the scopes of this process's calls, or ""."""
+        summary = self.summary()
+        if summary is None or not summary.remedies:
+            return ""
+        return f"{summary.once:.0%} of {summary.scopes} scopes were seen once: {'; '.join(summary.remedies)}"
+
     def summary(self) -> ScopesSummary | None:
         """Return how often scopes come again, or None while too little was seen to tell."""
         with self._lock:

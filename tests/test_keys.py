@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from langchain_core.load import dumps
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 
-from langchain_aegis.keys import Declined, Keyring, Who, parse_llm_string
+from langchain_aegis.keys import Declined, Keyring, Who
+from langchain_aegis.model_parts import parse_llm_string
 from langchain_aegis.questions import Labels
 
 SECRET = b"0123456789abcdef0123456789abcdef"

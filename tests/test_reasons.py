@@ -18,7 +18,8 @@ GUIDE = PACKAGE.parent / "docs" / "cache.md"
 
 # The modules through which a reason passes on its way to the user, as far as they exist.
 MODULES = [
-    "keys", "questions", "entries", "store", "scripts", "connections", "budgets", "embedder", "verifiers", "shadow",
+    "model_parts", "keys", "questions", "entries", "store", "scripts", "connections", "budgets", "embedder",
+    "verifiers", "shadow",
     "lookup", "engine", "cache", "pipelines", "middleware", "recached", "reports", "transfer", "leases", "explain",
 ]  # fmt: skip
 RAISED = {"Unavailable", "NoQuestion", "Declined"}
