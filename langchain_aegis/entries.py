@@ -9,25 +9,32 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import uuid
+import os
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Final, Literal
+from functools import cache
+from operator import itemgetter
+from typing import Any, Final, Literal, TypeVar
 
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, Generation
+from pydantic import BaseModel
 
 from langchain_aegis.cut_answers import rests_on_a_part
 from langchain_aegis.messages import dumps, loads
 
+M = TypeVar("M", bound=BaseModel)
+
 VERSION: Final = b"1"
-_FIELDS: Final = (
+# Of a stored record; the last signs the others.
+FIELDS: Final = (
     "v", "key", "scope", "fields", "emb", "digest", "created_ms", "fresh_ms", "expires_ms", "epochs", "answer",
-    "negative", "profile", "vec", "src", "sets", "task", "question",
+    "negative", "profile", "vec", "src", "sets", "task", "question", "mac",
 )  # fmt: skip
-_TEXT_FIELDS: Final = frozenset(_FIELDS) - {"v", "answer", "profile", "vec"}
-_NAMES: Final = tuple((name.encode(), len(name).to_bytes(1, "big") + name.encode()) for name in _FIELDS)
+_LENGTHS: Final = struct.Struct(f">{len(FIELDS) - 1}Q")
+_IN_ORDER: Final = itemgetter(*(name.encode() for name in FIELDS))
 
 # How a model says why it stopped; only the first line's values mean that the answer is complete.
 _COMPLETE = frozenset({"stop", "end_turn", "stop_sequence", "STOP", "eos", "eos_token"})
@@ -92,7 +99,7 @@ class Record:
             elif isinstance(value, bool):
                 value = "1" if value else ""
             values[f.name] = value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
-        values["mac"] = _mac(mac_key, {name.encode(): value for name, value in values.items()})
+        values["mac"] = _mac(mac_key, [values[name] for name in FIELDS[:-1]])
         return values
 
 
@@ -102,30 +109,34 @@ def unseal(stored: Mapping[bytes, bytes], mac_key: bytes) -> Record | None:
     Unknown fields are ignored; they are not signed and not read.
     """
     try:
-        mac = stored.get(b"mac", b"")
-        if stored.get(b"v") != VERSION or not hmac.compare_digest(mac, _mac(mac_key, stored)):
-            return None
-        text = {name: stored[name.encode()].decode("utf-8", "surrogatepass") for name in _TEXT_FIELDS}
-        return Record(
-            key=text["key"], scope=text["scope"], emb=text["emb"], digest=text["digest"],
-            created_ms=int(text["created_ms"]), fresh_ms=int(text["fresh_ms"]), expires_ms=int(text["expires_ms"]),
-            epochs=text["epochs"], fields=text["fields"], negative=bool(text["negative"]),
-            answer=stored[b"answer"], profile=stored[b"profile"], vec=stored[b"vec"],
-            src=tuple(s for s in text["src"].split(",") if s), sets=tuple(s for s in text["sets"].split(",") if s),
-            task=text["task"], question=text["question"],
-        )  # fmt: skip
-    except (KeyError, ValueError, AttributeError, TypeError):
+        return unseal_values(_IN_ORDER(stored), mac_key)
+    except (KeyError, TypeError):
         return None
 
 
-def _mac(mac_key: bytes, values: Mapping[bytes, bytes]) -> bytes:
-    digest = hashlib.blake2b(key=mac_key, digest_size=16, person=b"aegis-record-v1")
-    for name, framed in _NAMES:
-        value = values[name]
-        digest.update(framed)
-        digest.update(len(value).to_bytes(8, "big"))
-        digest.update(value)
-    return digest.digest()
+def unseal_values(stored: Sequence[Any], mac_key: bytes) -> Record | None:
+    """Do what `unseal` does, with the values of `FIELDS` in this order; None where there is none."""
+    try:
+        *values, mac = stored
+        if values[0] != VERSION or not hmac.compare_digest(mac, _mac(mac_key, values)):
+            return None
+        (_, key, scope, told, emb, digest, created_ms, fresh_ms, expires_ms, epochs, answer, negative, profile, vec,
+         src, sets, task, question) = values  # fmt: skip
+        return Record(
+            key=key.decode(), scope=scope.decode(), emb=emb.decode(), digest=digest.decode("utf-8", "surrogatepass"),
+            created_ms=int(created_ms), fresh_ms=int(fresh_ms), expires_ms=int(expires_ms), epochs=epochs.decode(),
+            fields=told.decode(), negative=bool(negative), answer=answer, profile=profile, vec=vec,
+            src=tuple(src.decode().split(",")) if src else (), sets=tuple(sets.decode().split(",")) if sets else (),
+            task=task.decode("utf-8", "surrogatepass"), question=question.decode("utf-8", "surrogatepass"),
+        )  # fmt: skip
+    except (ValueError, AttributeError, TypeError):
+        return None
+
+
+def _mac(mac_key: bytes, values: Sequence[bytes]) -> bytes:
+    """Sign the values of a record in the order of `FIELDS`: all lengths, then all values."""
+    signed = b"".join((_LENGTHS.pack(*map(len, values)), *values))
+    return hashlib.blake2b(signed, key=mac_key, digest_size=16, person=b"aegis-record-v1").digest()
 
 
 def refusal(generations: Sequence[Generation]) -> str | None:
@@ -173,6 +184,14 @@ def calls_tools(generations: Sequence[Generation]) -> bool:
     """Return whether an answer asks for a tool; such answers are served on an exact repeat only."""
     return any(isinstance(g, ChatGeneration) and isinstance(g.message, AIMessage) and g.message.tool_calls
                for g in generations)  # fmt: skip
+
+
+def model_digest(generations: Sequence[Generation]) -> str:
+    """Return the digest of the model that made an answer, "" if it is not told."""
+    for generation in generations:
+        if isinstance(generation, ChatGeneration) and isinstance(generation.message, AIMessage):
+            return str(generation.message.response_metadata.get("model_digest") or "")
+    return ""
 
 
 def encode_answer(generations: Sequence[Generation]) -> bytes:
@@ -285,7 +304,8 @@ def _revived(item: dict[str, Any], marks: Mapping[str, Any] | None) -> Generatio
         if not isinstance(item["text"], str):
             raise TypeError("not a text")
         return Generation(text=item["text"], generation_info=item["info"])
-    return ChatGeneration(message=_revived_message(item["message"], marks))
+    message = _revived_message(item["message"], marks)
+    return _like(_plain_generation(), {"text": message.text, "message": message})
 
 
 def _revived_message(item: dict[str, Any], marks: Mapping[str, Any] | None) -> AIMessage:
@@ -294,18 +314,46 @@ def _revived_message(item: dict[str, Any], marks: Mapping[str, Any] | None) -> A
         metadata["aegis_cache"] = dict(marks)
         if isinstance(took_ns := item.get("took_ns"), int):
             metadata["aegis_cache"]["generation_s"] = round(took_ns / 1e9, 3)
-    return AIMessage(
-        content=item["content"],
+    told: dict[str, Any] = {
+        "content": item["content"],
         # A new id per hit: with the old one, LangGraph's add_messages would replace the earlier message.
-        id=f"aegis-{uuid.uuid4()}",
-        name=item["name"],
-        tool_calls=[
+        "id": f"aegis-{os.urandom(16).hex()}",
+        "name": item["name"],
+        "tool_calls": [
             {"name": c["name"], "args": c["args"], "id": c["id"], "type": "tool_call"} for c in item["tool_calls"]
         ],
-        additional_kwargs=item["extra"],
-        response_metadata=metadata,
-        usage_metadata=_complete_usage(item["usage"]),
-    )
+        "additional_kwargs": item["extra"],
+        "response_metadata": metadata,
+        "usage_metadata": _complete_usage(item["usage"]),
+    }
+    if type(told["content"]) is str and not told["tool_calls"] and not told["additional_kwargs"]:
+        # What was a message when it was signed needs no second check; that takes as long as asking Redis.
+        return _like(_plain_message(), {**told, "invalid_tool_calls": []})
+    return AIMessage(**told)
+
+
+def _like(model: M, told: dict[str, Any]) -> M:
+    """Do what `model_copy(update=told)` does, in a quarter of the time; nothing is checked."""
+    made, put = object.__new__(type(model)), object.__setattr__
+    put(made, "__dict__", {**model.__dict__, **told})
+    put(made, "__pydantic_fields_set__", set(model.__pydantic_fields_set__))
+    put(made, "__pydantic_extra__", None if model.__pydantic_extra__ is None else {})
+    put(made, "__pydantic_private__", None)
+    return made
+
+
+@cache
+def _plain_message() -> AIMessage:
+    """Return a message of the model; everything in it that can change must be replaced in a copy."""
+    return AIMessage(
+        content="", id="", name=None, tool_calls=[], additional_kwargs={}, response_metadata={}, usage_metadata=None,
+        invalid_tool_calls=[],
+    )  # fmt: skip
+
+
+@cache
+def _plain_generation() -> ChatGeneration:
+    return ChatGeneration(message=_plain_message())
 
 
 def _complete_usage(usage: dict[str, Any] | None) -> Any:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import itemgetter
-from typing import Final
+from typing import Any, Final
 
 from langchain_aegis import scripts
-from langchain_aegis.entries import Record, unseal
+from langchain_aegis.entries import FIELDS, Record, unseal, unseal_values
 from langchain_aegis.flows import Flow
+from langchain_aegis.links import packed
 from langchain_aegis.namespace import Commands, Namespace, named
 from langchain_aegis.nearby import Found, ServerSearch, index
 from langchain_aegis.notices import warn_once
@@ -43,6 +45,7 @@ _COUNTED_AT_ONCE: Final = 250  # entries; a millisecond of the server's only thr
 _DROPPED_AT_ONCE: Final = 8  # unlinking an indexed vector costs it about half a millisecond
 _SWEEP_US: Final = 1_500
 _LOCK_MS: Final = 10_000
+_DIGITS: Final = 32  # of an exact key
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,10 @@ class Store(Namespace):
         self.rejected = 0  # records that were damaged, forged, or of somebody else
         self._indexes: set[str] = set()  # those known to exist
         self._server_search = ServerSearch()
+        # The request for a record, around its key, whose length is always the same.
+        begins, ends = packed([("HMGET", self._entry("0" * _DIGITS), *FIELDS)]).rsplit(b"0" * _DIGITS, 1)
+        self._read_begins, self._read_ends = begins, ends
+        self._packed_ask = lru_cache(maxsize=256)(self._pack_ask)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -103,16 +110,22 @@ class Store(Namespace):
             touch_ms: Unix time in milliseconds, noted as the entry's last use; 0: none is noted.
         """
         tenant, user = named(things, tenant, "tenant:"), named(things, user, "user:")
-        commands = [("HGETALL", self._entry(exact)), self._ask(things, tenant, user)]
+        read: tuple[Any, ...] = ("HMGET", self._entry(exact), *FIELDS)
+        name = exact.encode()
         if touch_ms and tenant:
-            commands.append(self._touch(exact, tenant, touch_ms))
-        stored, told, *_ = yield Commands(tuple(commands))
+            step = Commands((read, self._ask(things, tenant, user), self._touch(exact, tenant, touch_ms)))
+        else:
+            ask, asked = self._packed_ask(tuple(things), tenant, user)
+            # What is sent says how long the name is.
+            request = self._read_begins + name + self._read_ends + asked if len(name) == _DIGITS else b""
+            step = Commands((read, ask), request)
+        stored, told, *_ = yield step
         epochs = self._read_epochs(told)
         if epochs is None:
             epochs = yield from self._begin(things, tenant, user)
-        if epochs is None or not stored or isinstance(stored, Exception):
+        if epochs is None or isinstance(stored, Exception) or stored[0] is None:
             return None, epochs
-        record = unseal(as_pairs(stored), self._mac_key)
+        record = unseal_values(stored, self._mac_key)
         if record is None or record.key != exact:
             self.rejected += 1
             return None, epochs
@@ -330,6 +343,10 @@ class Store(Namespace):
         raise_error(reply)
 
     # -- parts ----------------------------------------------------------------------------------------------------
+
+    def _pack_ask(self, things: tuple[str, ...], tenant: str | None, user: str | None) -> tuple[tuple[str, ...], bytes]:
+        ask = self._ask(things, tenant, user)
+        return ask, packed([ask])
 
     def _mark(
         self, things: Sequence[str], groups: Sequence[Sequence[str]], *, everything: bool = False, before_ms: int = 0,

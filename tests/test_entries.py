@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from langchain_core.load import dumps
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.outputs import ChatGeneration, Generation
 
@@ -180,3 +181,46 @@ def test_whatever_lies_in_redis_decoding_never_raises(data):
 def test_deep_nesting_is_a_miss():
     data = b'{"kind":"value","item":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     assert decode_value(data) is None
+
+
+PLAIN = AIMessage(
+    "Paris.", id="run-1", usage_metadata={"input_tokens": 5, "output_tokens": 2, "total_tokens": 7},
+    response_metadata={"model_name": "m", "done_reason": "stop"},
+)  # fmt: skip
+
+
+def test_a_plain_answer_is_as_if_its_message_had_been_made_by_the_constructor():
+    """It is put together without the checks that it has passed before it was stored."""
+    (got,) = decode_answer(encode_answer([ChatGeneration(message=PLAIN)]), marks={"tier": "exact"})
+    same = AIMessage(
+        "Paris.", id=got.message.id, name=None, tool_calls=[], additional_kwargs={},
+        response_metadata={"model_name": "m", "done_reason": "stop", "aegis_cache": {"tier": "exact"}},
+        usage_metadata={
+            "input_tokens": 5, "output_tokens": 2, "total_tokens": 7, "input_token_details": {"cache_read": 5}
+        },
+        invalid_tool_calls=[],
+    )  # fmt: skip
+    expected = ChatGeneration(message=same)
+    for one, other in ((got, expected), (got.message, same)):
+        assert one == other
+        assert vars(one).keys() == vars(other).keys()
+        assert {n: type(v) for n, v in vars(one).items()} == {n: type(v) for n, v in vars(other).items()}
+        assert one.model_fields_set == other.model_fields_set
+        assert one.__pydantic_extra__ == other.__pydantic_extra__
+        assert one.__pydantic_private__ == other.__pydantic_private__
+        assert (dumps(one), repr(one), one.model_dump()) == (dumps(other), repr(other), other.model_dump())
+
+
+def test_two_hits_share_nothing_that_can_be_changed():
+    data = encode_answer([ChatGeneration(message=PLAIN)])
+    (one,), (other,) = decode_answer(data), decode_answer(data)
+    for message in (one.message, other.message):
+        message.additional_kwargs["mine"] = message.tool_calls.append({}) or message.invalid_tool_calls.append({})
+        message.response_metadata["mine"] = message.usage_metadata["mine"] = message.model_fields_set.add("mine")
+        assert (len(message.tool_calls), len(message.invalid_tool_calls)) == (1, 1)
+    (fresh,) = decode_answer(data)
+    assert "mine" not in {
+        *fresh.message.additional_kwargs, *fresh.message.response_metadata, *fresh.message.usage_metadata,
+        *fresh.message.model_fields_set,
+    }  # fmt: skip
+    assert fresh.message.id not in (one.message.id, other.message.id)
