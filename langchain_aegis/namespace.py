@@ -54,6 +54,30 @@ class Commands:
     request: bytes = b""
 
 
+@dataclass(frozen=True, slots=True)
+class Invalidation:
+    """What is to be served no more.
+
+    Attributes:
+        things: Names of things: every record that belongs to one of them is dead.
+        groups: For each group of things: the records that are listed in all of the group's sets are those that
+            belong to the things; they are counted and unlinked.
+        sources: Whether sources, or others that records list themselves, are among the things.
+        before_ms: Records that were made earlier are dead, in unix milliseconds; 0: none.
+        before_tenant: Name of the tenant to which `before_ms` applies; None: all.
+        near: Exact keys of records to remove at once; all answers that are being made now are refused. None: no such.
+        now_ms: Unix time in milliseconds; with it, records that have expired already are not counted.
+    """
+
+    things: Sequence[str] = ()
+    groups: Sequence[Sequence[str]] = ()
+    sources: bool = False
+    before_ms: int = 0
+    before_tenant: str | None = None
+    near: Sequence[str] | None = None
+    now_ms: int = 0
+
+
 class Namespace:
     """What every flow over a namespace needs.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any, Final
@@ -19,7 +18,7 @@ from langchain_aegis import scripts
 from langchain_aegis.entries import FIELDS, Record, unseal, unseal_values
 from langchain_aegis.flows import Flow
 from langchain_aegis.links import packed
-from langchain_aegis.namespace import Commands, Namespace, named
+from langchain_aegis.namespace import Commands, Invalidation, Namespace, named
 from langchain_aegis.nearby import Found, ServerSearch, index
 from langchain_aegis.notices import warn_once
 from langchain_aegis.replies import (
@@ -46,30 +45,6 @@ _DROPPED_AT_ONCE: Final = 8  # unlinking an indexed vector costs it about half a
 _SWEEP_US: Final = 1_500
 _LOCK_MS: Final = 10_000
 _DIGITS: Final = 32  # of an exact key
-
-
-@dataclass(frozen=True, slots=True)
-class Invalidation:
-    """What is to be served no more.
-
-    Attributes:
-        things: Names of things: every record that belongs to one of them is dead.
-        groups: For each group of things: the records that are listed in all of the group's sets are those that
-            belong to the things; they are counted and unlinked.
-        sources: Whether sources, or others that records list themselves, are among the things.
-        before_ms: Records that were made earlier are dead, in unix milliseconds; 0: none.
-        before_tenant: Name of the tenant to which `before_ms` applies; None: all.
-        near: Exact keys of records to remove at once; all answers that are being made now are refused. None: no such.
-        now_ms: Unix time in milliseconds; with it, records that have expired already are not counted.
-    """
-
-    things: Sequence[str] = ()
-    groups: Sequence[Sequence[str]] = ()
-    sources: bool = False
-    before_ms: int = 0
-    before_tenant: str | None = None
-    near: Sequence[str] | None = None
-    now_ms: int = 0
 
 
 class Store(Namespace):
