@@ -131,8 +131,8 @@ class Namespace:
     def _vectors(self, scope: str, embedder: str) -> str:
         return f"{self.prefix}v:{scope}:{embedder}"
 
-    def _pairs(self, exact: str) -> str:
-        return f"{self.prefix}b:{exact}"
+    def _asks(self, exact: str | None) -> tuple[tuple[str, str], ...]:
+        return () if exact is None else (("HGETALL", f"{self.prefix}b:{exact}"),)
 
     def _touch(self, exact: str, tenant: str, now_ms: int) -> tuple[Any, ...]:
         return ("ZADD", f"{self.prefix}u:{tenant}", "XX", now_ms, exact)

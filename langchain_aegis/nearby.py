@@ -11,14 +11,17 @@ as long. `scripts.put` counts each scope's entries.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from redis.exceptions import ResponseError
 
+from langchain_aegis.entries import Record
 from langchain_aegis.flows import Flow
 from langchain_aegis.namespace import Commands
-from langchain_aegis.replies import as_pairs, as_text, error_kind, is_unknown_command
+from langchain_aegis.replies import Near, as_pairs, as_text, error_kind, is_unknown_command
+from langchain_aegis.vectors import similarities
 
 # A scope of n entries among N is compared one by one unless n * n > GRAPH_FROM * N: measured where both cost the same,
 # 550 of 10,000 and 1,700 of 100,000.
@@ -183,6 +186,29 @@ def _read(reply: Any, start: int) -> Found:
         elif fields is None and distance:
             found.far.append((as_text(name)[start:], 1 - float(distance)))
     return found
+
+
+def most_similar(vector: bytes, kept: Mapping[bytes, bytes], newest: int) -> list[tuple[str, float]]:
+    """Return the exact keys and cosines of a scope's vectors as they are kept without search, most similar first.
+
+    Args:
+        vector: As `vectors.pack` returns it.
+        kept: Exact key -> 16 digits of the time in milliseconds, and the vector.
+        newest: So many of them are compared.
+    """
+    rows = sorted(kept.items(), key=lambda row: row[1][:16], reverse=True)[:newest]
+    scores = similarities(vector, [value[16:] for _, value in rows])
+    best = sorted((-score, key.decode("ascii", "replace")) for score, (key, _) in zip(scores, rows, strict=True)
+                  if score == score)  # fmt: skip
+    return [(key, -score) for score, key in best]
+
+
+def ranked(vector: bytes, records: Sequence[Record]) -> list[Near]:
+    """Return records with their cosines, as their signed vectors have it, most similar first."""
+    if not records:
+        return []
+    pairs = zip(records, similarities(vector, [r.vec for r in records]), strict=True)
+    return sorted((Near(r, s) for r, s in pairs if -1.01 <= s <= 1.01), key=lambda n: -n.similarity)
 
 
 def index(name: str, start: str, embedder: str, dimensions: int) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ from langchain_aegis.entries import FIELDS, Record, unseal, unseal_values
 from langchain_aegis.flows import Flow
 from langchain_aegis.links import packed
 from langchain_aegis.namespace import Commands, Invalidation, Namespace, named
-from langchain_aegis.nearby import Found, ServerSearch, index
+from langchain_aegis.nearby import Found, ServerSearch, index, most_similar, ranked
 from langchain_aegis.notices import warn_once
 from langchain_aegis.replies import (
     Epochs,
@@ -34,7 +34,6 @@ from langchain_aegis.replies import (
     is_unknown_command,
     raise_error,
 )  # fmt: skip
-from langchain_aegis.vectors import similarities
 
 __all__ = ["SCOPE_VECTORS", "Commands", "Epochs", "Invalidation", "Listed", "Near", "Nearest", "Store", "Swept"]
 
@@ -145,7 +144,7 @@ class Store(Namespace):
             more = yield from self._of_scope(scope, embedder, vector, k * 4, timeout_ms, None, lowest)
             alive = yield from self._alive(self._unsealed(more.stored, scope, embedder), epochs)
         notes = self._notes(asking, found.told)
-        return Nearest(_ranked(vector, alive)[:k], notes, sorted(found.far, key=itemgetter(1), reverse=True)[:k])
+        return Nearest(ranked(vector, alive)[:k], notes, sorted(found.far, key=itemgetter(1), reverse=True)[:k])
 
     def nearest_anywhere(
         self, embedder: str, vector: bytes, k: int, epochs: Epochs, timeout_ms: int, *, tenant: str | None = None
@@ -173,7 +172,7 @@ class Store(Namespace):
             records = [r for name, r in unsealed if r is not None and name == self._entry(r.key) and r.emb == embedder]
             records = [r for r in records if tenant is None or tenant in r.sets[:1]]
             alive = yield from self._listed(records, epochs)
-            found = _ranked(vector, [r for r, lives in zip(records, alive, strict=True) if lives])[:k]
+            found = ranked(vector, [r for r, lives in zip(records, alive, strict=True) if lives])[:k]
             # The index knows no tenants: where others are nearer, more must be asked for.
             if len(found) == k or len(stored) < many or many >= 1_000:
                 return found
@@ -420,9 +419,6 @@ class Store(Namespace):
             found.stored.extend((as_text(name), as_pairs(fields)) for name, fields in rows if fields)
         return found
 
-    def _asks(self, asking: str | None) -> tuple[scripts.Command, ...]:
-        return () if asking is None else (("HGETALL", self._pairs(asking)),)
-
     def _index_lost(self, error: Exception, embedder: str, vector: bytes) -> Flow[None]:
         """Make the index again if a search says that it is gone; what is there is indexed in the background."""
         if is_missing_index(error):  # emptied or restarted
@@ -457,16 +453,10 @@ class Store(Namespace):
         found = Found(told=told[0] if told else None)
         if isinstance(reply, Exception) or not reply:
             return found
-        rows = sorted(as_pairs(reply).items(), key=lambda row: row[1][:16], reverse=True)[:SCOPE_VECTORS]
-        scores = similarities(vector, [value[16:] for _, value in rows])
-        best = sorted(
-            (-score, key.decode("ascii", "replace"))
-            for score, (key, _) in zip(scores, rows, strict=True)
-            if score == score
-        )
         # Some may have expired or been removed since: ask for more than are needed, and forget those.
-        wanted = [key for score, key in best[: 4 * many] if -score >= lowest]
-        found.far.extend((key, -score) for score, key in best[len(wanted) : many])
+        best = most_similar(vector, as_pairs(reply), SCOPE_VECTORS)[: 4 * many]
+        wanted = [key for key, cosine in best if cosine >= lowest]
+        found.far.extend(best[len(wanted) : many])
         if not wanted:
             return found
         replies = yield Commands(tuple(("HGETALL", self._entry(key)) for key in wanted))
@@ -480,8 +470,3 @@ class Store(Namespace):
             yield Commands((("HDEL", name, *gone),))
         del found.stored[many:]
         return found
-
-
-def _ranked(vector: bytes, records: list[Record]) -> list[Near]:
-    pairs = zip(records, similarities(vector, [r.vec for r in records]), strict=True)
-    return sorted((Near(r, s) for r, s in pairs if -1.01 <= s <= 1.01), key=lambda n: -n.similarity)
