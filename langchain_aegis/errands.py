@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -13,6 +14,7 @@ from langchain_aegis.notices import logger
 
 _MOST_WAITING: Final = 1_000
 _IDLE_S: Final = 10.0  # then the thread ends
+_LINGER_S: Final = 0.003  # so long who gave the first errand has the interpreter for himself: he is in a hurry
 _EXIT_S: Final = 1.0
 
 
@@ -83,9 +85,13 @@ class Errands:
             with self._changed:
                 self._running = None
                 self._changed.notify_all()
-                if not self._waiting and not self._changed.wait_for(lambda: self._waiting, _IDLE_S):
+                idle = not self._waiting
+                if idle and not self._changed.wait_for(lambda: self._waiting, _IDLE_S):
                     self._thread = None
                     return
+            if idle:
+                time.sleep(_LINGER_S)
+            with self._changed:
                 self._running, do = self._waiting.popleft()
             try:
                 do()
