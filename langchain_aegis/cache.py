@@ -17,7 +17,6 @@ from langchain_aegis.connections import Connections
 from langchain_aegis.control import Control
 from langchain_aegis.embedder import Embedder
 from langchain_aegis.engine import Engine
-from langchain_aegis.errands import the_errands
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flows import arun, run
 from langchain_aegis.keys import FindQuestion
@@ -208,7 +207,10 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
             return None
 
     def update(self, prompt: str, llm_string: str, return_val: RETURN_VAL_TYPE) -> None:
-        """Keep `return_val`, if it is complete and nothing that it rests on was invalidated meanwhile."""
+        """Keep `return_val`, if it is complete and nothing that it rests on was invalidated meanwhile.
+
+        It is stored in the background: every lookup of this process finds it, another process a moment later.
+        """
         try:
             run(self._engine.update(prompt, llm_string, return_val), self._perform)
         except Exception as exc:  # as in `lookup`: the answer is there, it must reach the user
@@ -243,14 +245,17 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
     # -- its life ------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Close the connections; may be called again, and a later use opens new ones."""
-        the_errands.settle(self._connections)
+        """Store what is still to be stored, for at most a second, and close the connections.
+
+        May be called again, and a later use opens new ones.
+        """
+        self._written()
         the_sweeper.leave(self._connections)
         self._connections.close()
 
     async def aclose(self) -> None:
-        """Close the connections of this event loop and of all threads."""
-        await asyncio.to_thread(the_errands.settle, self._connections)
+        """Store what is still to be stored, and close the connections of this event loop and of all threads."""
+        await self._awritten()
         await asyncio.to_thread(the_sweeper.leave, self._connections)
         await self._connections.aclose()
 

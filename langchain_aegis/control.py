@@ -13,7 +13,6 @@ from redis.exceptions import RedisError
 
 from langchain_aegis import invalidations
 from langchain_aegis.breaker import Unavailable
-from langchain_aegis.engine import now_ms
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.explain import explain_call, explain_pipeline, explain_question
 from langchain_aegis.flows import Flow, arun, run
@@ -25,6 +24,7 @@ from langchain_aegis.replays import dumped
 from langchain_aegis.reports import read_lookup_id
 from langchain_aegis.results import CacheHealth, CacheStats, Entry, Explanation, Verdict, was_cached
 from langchain_aegis.store import Invalidation
+from langchain_aegis.updates import now_ms
 from langchain_aegis.vectors import pack, similarities
 from langchain_aegis.verification import compare, nearness, profile
 
@@ -195,6 +195,7 @@ class Control(Performer):
         Raises:
             AegisConfigError: It is not said what to explain.
         """
+        self._written()
         return run(self._explanation(question, prompt, model, llm_string, pipeline, version), self._perform)
 
     async def aexplain(
@@ -208,6 +209,7 @@ class Control(Performer):
         version: str = "",
     ) -> Explanation:
         """Like `explain`."""
+        await self._awritten()
         return await arun(self._explanation(question, prompt, model, llm_string, pipeline, version), self._aperform)
 
     @property
@@ -216,11 +218,17 @@ class Control(Performer):
         return self._engine.min_similarity()[1]
 
     def stats(self) -> CacheStats:
-        """Return what this cache has done in this process."""
+        """Return what this cache has done in this process, with what is being stored just now.
+
+        In an event loop nothing is waited for: there, what is being stored counts as soon as it is.
+        """
+        if asyncio._get_running_loop() is None:
+            self._written()
         return self._engine.stats()
 
     def health(self) -> CacheHealth:
         """Return what the namespace holds in Redis, for all processes; never raises for a fault of Redis."""
+        self._written()
         try:
             held = run(self._engine.store.held(now_ms()), self._perform)
         except (Unavailable, RedisError):
@@ -229,6 +237,7 @@ class Control(Performer):
 
     async def ahealth(self) -> CacheHealth:
         """Like `health`."""
+        await self._awritten()
         try:
             held = await arun(self._engine.store.held(now_ms()), self._aperform)
         except (Unavailable, RedisError):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from redis.exceptions import RedisError
 
 from langchain_aegis.breaker import Unavailable
-from langchain_aegis.engine import Engine, now_ms
+from langchain_aegis.engine import Engine
 from langchain_aegis.entries import Record
 from langchain_aegis.flows import Flow
 from langchain_aegis.keys import Key, Who
@@ -17,6 +17,7 @@ from langchain_aegis.questions import exact_only_reason
 from langchain_aegis.reasons import explain as reason_of
 from langchain_aegis.results import Explained, Explanation
 from langchain_aegis.store import Near
+from langchain_aegis.updates import now_ms
 
 _TIMEOUT_MS = 2_000  # whoever asks why can wait longer than a user
 

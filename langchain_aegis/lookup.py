@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -20,6 +21,7 @@ from langchain_aegis.keys import Key
 from langchain_aegis.store import Epochs, Near, Store
 from langchain_aegis.vectors import pack
 from langchain_aegis.verification import Profile, compare, hardly_differ, nearness, profile
+from langchain_aegis.writes import the_writer
 
 _SERVED: Final = "s"  # begins the note that an entry was served for a text, and until when it can be
 _UNHEARD: Final = frozenset({"verifier_slow", "verifier_failed"})
@@ -50,10 +52,18 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Later:
+class Aside:
     """Run a flow of commands soon; nobody waits for it."""
 
     flow: Callable[[], Flow[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Wait until a write that is under way is over, but not for longer than some seconds."""
+
+    done: Future[None]
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +198,13 @@ def find(
                 yield from embed(found, policy, profile_key)
             found.reasons = ("refresh",)
             return found
+        if (done := the_writer.pending(key.exact)) is not None:
+            yield Settle(done, policy.budget_s)
         yield from _exact(found, store, policy, now_ms())
         if found.record is None:
             yield from resolved(key)
+            if (done := the_writer.pending(key.scope)) is not None:
+                yield Settle(done, policy.budget_s)
         if found.record is not None or found.reasons:
             if found.fence and key.question is not None and policy.semantic:  # as for a refresh
                 told = found.reasons
@@ -263,9 +277,9 @@ def _by_meaning(found: Lookup, store: Store, policy: Policy, now_ms: int, profil
             if _is_doubtful(found, served, policy):
                 note = f"{_SERVED}{served.expires_ms}"
                 store.noted(key.exact, served.key, note)
-                yield Later(partial(store.note, key.exact, served.key, note))
+                yield Aside(partial(store.note, key.exact, served.key, note))
             if policy.touch:
-                yield Later(partial(store.touch, served.key, key.tenant, now_ms))
+                yield Aside(partial(store.touch, served.key, key.tenant, now_ms))
 
 
 def _is_doubtful(found: Lookup, served: Record, policy: Policy) -> bool:

@@ -27,6 +27,7 @@ import hashlib
 import hmac
 import re
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -39,6 +40,7 @@ from langchain_aegis.replies import Epochs, Listed, as_pairs, as_text, raise_err
 
 _MARKS_KEPT: Final = 20_000
 _NOTED_HERE: Final = 1_000
+_RECENT_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ class Namespace:
         self._registry = f"{self.prefix}z"
         self._noted: dict[str, tuple[str, str]] = {}  # the last notes of this process, by the key that asked
         self._told: tuple[Any, Epochs | None] = (), None  # the last reply about the epochs, and what it says
+        self._seen_s = 0.0
         self._marks: tuple[tuple[str, int], dict[str, int]] = ("", 0), {}  # see `_source_marks`
 
     def records(self, cursor: int = 0) -> Flow[tuple[int, list[Listed]]]:
@@ -120,6 +123,14 @@ class Namespace:
         alive = yield from self._listed(records, epochs)
         return following, [Listed(*pair) for pair in zip(records, alive, strict=True)]
 
+    def recent_epochs(self) -> Epochs | None:
+        """Return the epochs as they were a moment ago, or None.
+
+        An answer that counts from then is refused at worst: what was invalidated since wins. What they say of things,
+        a user or a tenant need not concern the caller's.
+        """
+        return self._told[1] if time.monotonic() - self._seen_s < _RECENT_S else None
+
     # -- parts ----------------------------------------------------------------------------------------------------
 
     def _entry(self, exact: str) -> str:
@@ -142,6 +153,7 @@ class Namespace:
                 f"before:{tenant}", f"out:{user}", *things)  # fmt: skip
 
     def _read_epochs(self, told: Any) -> Epochs | None:
+        self._seen_s = time.monotonic()
         if told == self._told[0]:  # as the last time, as a rule
             return self._told[1]
         if isinstance(told, Exception) or told[0] is None:

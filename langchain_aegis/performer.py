@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,15 +17,16 @@ from redis.exceptions import RedisError
 from langchain_aegis.breaker import Unavailable
 from langchain_aegis.connections import Connections
 from langchain_aegis.engine import Engine
-from langchain_aegis.errands import the_errands
 from langchain_aegis.errors import AegisConfigError, AegisConnectionError
 from langchain_aegis.flows import Flow, arun, run
 from langchain_aegis.forks import reset_after_fork
-from langchain_aegis.lookup import Embed, Later, Verify, Wait, Work
+from langchain_aegis.lookup import Aside, Embed, Settle, Verify, Wait, Work
 from langchain_aegis.notices import logger, warn_once
 from langchain_aegis.store import Commands
 from langchain_aegis.sweeper import the_sweeper
+from langchain_aegis.updates import Later
 from langchain_aegis.verifiers import Verifier
+from langchain_aegis.writes import Write, the_writer
 
 T = TypeVar("T")
 
@@ -53,7 +56,13 @@ class Performer:
         if isinstance(step, Work):
             return step.do()
         if isinstance(step, Later):
-            return self._leave(step)
+            return self._later(step)
+        if isinstance(step, Aside):
+            return self._aside(step)
+        if isinstance(step, Settle):
+            with contextlib.suppress(FutureTimeoutError):
+                step.done.result(step.seconds)
+            return None
         assert isinstance(step, Wait)  # noqa: S101  # there is no other
         return time.sleep(step.seconds)
 
@@ -67,14 +76,39 @@ class Performer:
         if isinstance(step, Work):
             return await _in_thread(step.do)
         if isinstance(step, Later):
-            return self._leave(step)
+            return self._later(step)
+        if isinstance(step, Aside):
+            return self._aside(step)
+        if isinstance(step, Settle):
+            done = asyncio.wrap_future(step.done)
+            await asyncio.wait([done], timeout=step.seconds)
+            return done.cancel() and None  # the write goes on
         assert isinstance(step, Wait)  # noqa: S101  # there is no other
         return await asyncio.sleep(step.seconds)
 
-    def _leave(self, step: Later) -> None:
-        """Have a flow run by another thread; where too many are waiting, one is lost."""
-        perform = self._connections.perform
-        the_errands.add(self._connections, lambda: run(step.flow(), perform))
+    def _later(self, step: Later) -> None:
+        do = partial(run, step.rest(), self._perform)
+        the_writer.put(Write(do, step.exact, step.scope, step.size, step.place))
+
+    def _aside(self, step: Aside) -> None:
+        """Have a flow run in the background; where too much is waiting, it is left."""
+        if the_writer.crowded() is None:
+            place = self._engine.options.settings.namespace
+            the_writer.put(Write(partial(self._quietly, step), "", "", 0, place))
+
+    def _quietly(self, step: Aside) -> None:
+        try:
+            run(step.flow(), self._connections.perform)
+        except Exception as exc:  # nobody is there to catch it, and no answer depends on it
+            logger.debug("what a hit left to be noted was not", exc_info=exc)
+
+    def _written(self) -> None:
+        """Wait until what was told to be stored in this namespace is stored, but not for ever."""
+        the_writer.drain(self._engine.options.settings.namespace)
+
+    async def _awritten(self) -> None:
+        if the_writer.busy:
+            await asyncio.to_thread(self._written)
 
     def _opinion(self) -> Verifier:
         if self._verifier is None:
@@ -87,12 +121,14 @@ class Performer:
 
     def _insist(self, flow: Callable[[], Flow[T]]) -> T:
         """Run a flow whose failure the caller must know of. Raises AegisConnectionError if Redis did not do it."""
+        self._written()
         try:
             return run(flow(), self._perform)
         except (Unavailable, RedisError) as exc:
             raise _not_done(exc) from exc
 
     async def _ainsist(self, flow: Callable[[], Flow[T]]) -> T:
+        await self._awritten()
         try:
             await arun(self._engine.ready(), self._aperform)
             return await arun(flow(), self._aperform)

@@ -188,6 +188,10 @@ _TEXTS: dict[Stage, dict[str, tuple[str, str]]] = {
         ),
         "not_an_answer": ("What came back is no message of a model.", "Nothing."),
         "invalid_tool_calls": ("The model asked for a tool in a way that cannot be read.", "Nothing."),
+        "queue_full": (
+            "Answers came faster than Redis took them, and this one could not be stored within `op_budget_s`.",
+            "See how busy Redis is.",
+        ),
         "too_large": ("The answer is larger than `max_entry_bytes`.", "Raise `max_entry_bytes`."),
         "not_json": (
             "The answer holds what JSON cannot.",

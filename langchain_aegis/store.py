@@ -292,6 +292,7 @@ class Store(Namespace):
         """
         yield from self._check_secret()
         (reply,) = yield Commands((scripts.report(self.prefix, served, asked),))
+        self._told = (), None
         raise_error(reply)
         return bool(reply)
 
@@ -335,6 +336,7 @@ class Store(Namespace):
                 ),
             )
         )  # fmt: skip
+        self._told = (), None  # what was read before the invalidation
         raise_error(made)
         clock, lists, place, count = int(made[0]), [as_text(name) for name in made[1:]], (1, 0), 0
         while lists and place[0]:

@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from langchain_aegis.engine import now_ms
 from langchain_aegis.entries import Record, unseal
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flows import Flow, run
 from langchain_aegis.performer import Performer
 from langchain_aegis.scope import aegis_scope
 from langchain_aegis.store import Epochs, Store
+from langchain_aegis.updates import now_ms
 
 _FORMAT: Final = "langchain-aegis export 1"
 _MAX_LINE = 64 * 1024 * 1024  # characters
@@ -123,6 +123,7 @@ class Transfer(Performer):
                 found = run(self._engine.find_value(question, pipeline, version), self._perform)
                 if found is not None:
                     run(self._engine.store_value(found, answer), self._perform)
+            self._written()
             after = self._engine.counts.snapshot()
             taken += after.stored - before.stored
             for code, count in after.not_stored.items():

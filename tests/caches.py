@@ -10,6 +10,7 @@ from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.outputs import ChatGeneration
 
 from langchain_aegis.stamps import _forgotten, _pending
+from langchain_aegis.writes import the_writer
 
 MODEL = "[('_type', 'chat'), ('model', 'm'), ('stop', None)]"
 
@@ -24,6 +25,12 @@ def chat(text, reason="stop", **kwargs) -> RETURN_VAL_TYPE:
 
 def text_of(found):
     return None if found is None else found[0].text
+
+
+def stats_of(cache):
+    """What a cache has done, with what it was told to store; `stats()` waits for that only outside of event loops."""
+    assert the_writer.drain(timeout_s=10)
+    return cache.stats()
 
 
 class Words(Embeddings):

@@ -7,7 +7,7 @@ import uuid
 
 import pytest
 import redis
-from caches import MODEL, Words, chat, prompt, text_of
+from caches import MODEL, Words, chat, prompt, stats_of, text_of
 from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, SystemMessage
 from langchain_core.outputs import ChatGeneration, Generation
@@ -91,6 +91,7 @@ def test_once_a_tenant_was_seen_calls_without_one_bypass_the_cache(make_cache, c
     assert cache.lookup(prompt("How long may I keep a book?"), MODEL) is not None
     with aegis_scope(tenant="a"):
         cache.update(prompt("How long may I keep a book?"), MODEL, chat("a: 28"))
+    assert stats_of(cache.cache).stored == 2
     other = make_cache(namespace=cache.cache.settings.namespace)  # another process learns it from Redis
     for c in (cache, other, cache):
         assert c.lookup(prompt("How long may I keep a book?"), MODEL) is None

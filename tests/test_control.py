@@ -123,7 +123,8 @@ def test_what_is_older_than_told_is_gone(make_cache, monkeypatch):
     from langchain_aegis import engine
 
     real = engine.now_ms()
-    monkeypatch.setattr(engine, "now_ms", lambda: real + 100_000)
+    for module in ("engine", "updates"):
+        monkeypatch.setattr(f"langchain_aegis.{module}.now_ms", lambda: real + 100_000)
     monkeypatch.setattr("langchain_aegis.control.now_ms", lambda: real + 100_000)
     taught(cache, CARD, "4 euros")
     cache.invalidate(older_than_s=50)
@@ -257,7 +258,7 @@ def clock(monkeypatch):
     from langchain_aegis import engine
 
     start, moved = engine.now_ms(), [0]
-    for name in ("engine", "control", "explain", "transfer"):
+    for name in ("engine", "updates", "control", "explain", "transfer"):
         monkeypatch.setattr(f"langchain_aegis.{name}.now_ms", lambda: start + moved[0])
 
     def move(seconds):

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 
 import pytest
-from caches import Same
+from caches import Same, stats_of
 from conftest import wait_until
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage
@@ -149,7 +149,7 @@ async def test_a_removal_wins_over_a_pipelines_answer_that_is_being_made(make, w
     else:
         pipeline = Pipeline(lambda: aremove(other, REMOVALS[removed]))
     assert await pipeline.ask(cache, way) == "answer 1"  # whoever waited for it still gets it
-    assert cache.stats().not_stored == {"invalidated": 1}
+    assert stats_of(cache).not_stored == {"invalidated": 1}
     assert await pipeline.ask(cache, way, PARAPHRASE) == "answer 2"
     assert await pipeline.ask(cache, way) == "answer 2"
     assert await pipeline.ask(other, way, PARAPHRASE) == "answer 2"
@@ -275,7 +275,7 @@ async def test_a_removal_wins_over_a_models_answer_that_is_being_made(make, way,
             return (model.invoke(question) if way == "sync" else await model.ainvoke(question)).text
 
     assert await ask() == "answer 1"
-    assert cache.stats().not_stored == {"invalidated": 1}
+    assert stats_of(cache).not_stored == {"invalidated": 1}
     assert await ask(PARAPHRASE) == "answer 2"
     assert await ask() == "answer 2"
 
@@ -317,7 +317,7 @@ async def test_a_report_wins_over_an_answer_that_is_being_made_from_what_was_rep
             (lambda: cache.report_wrong(hit)) if way == "sync" else (lambda: cache.areport_wrong(hit)), named="inside"
         )
         assert await pipeline.ask(other, way, PARAPHRASE) == "answer 1"
-        assert other.stats().not_stored == {"invalidated": 1}
+        assert stats_of(other).not_stored == {"invalidated": 1}
         await other.aclose()
     assert await pipeline.ask(cache, way, PARAPHRASE) == "answer 2"
     assert await pipeline.ask(cache, way, PARAPHRASE) == "answer 2"
@@ -380,7 +380,7 @@ async def test_a_removal_wins_over_a_stream_that_is_read_to_its_end_later(server
             chunks = [await anext(stream)]
     await aremove(other, REMOVALS[removed], "m")
     chunks += list(stream) if way == "sync" else [chunk async for chunk in stream]
-    assert cache.stats().not_stored == {"invalidated": 1}
+    assert stats_of(cache).not_stored == {"invalidated": 1}
     again = await ask()
     assert was_cached(again) is None
     assert again.text != "".join(chunk.text for chunk in chunks)
@@ -427,7 +427,7 @@ async def test_a_removal_wins_over_a_generation_that_many_callers_share(server, 
         await aremove(other, REMOVALS[removed], "m")
     answers = await asyncio.wait_for(asyncio.gather(*asked), DEADLINE_S)
     assert (len(server.chats), len({answer.text for answer in answers})) == (1, 1)
-    assert cache.stats().not_stored == {"invalidated": 5}
+    assert stats_of(cache).not_stored == {"invalidated": 5}
     assert was_cached(await start()) is None
     assert len(server.chats) == 2
     assert was_cached(await start()) is not None

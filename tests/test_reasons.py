@@ -19,8 +19,8 @@ GUIDE = PACKAGE.parent / "docs" / "cache.md"
 # The modules through which a reason passes on its way to the user, as far as they exist.
 MODULES = [
     "model_parts", "keys", "questions", "entries", "store", "scripts", "connections", "budgets", "embedder",
-    "verifiers", "shadow",
-    "lookup", "engine", "cache", "pipelines", "middleware", "recached", "reports", "transfer", "leases", "explain",
+    "verifiers", "shadow", "lookup", "updates", "engine", "cache", "pipelines",
+    "middleware", "recached", "reports", "transfer", "leases", "explain",
 ]  # fmt: skip
 RAISED = {"Unavailable", "NoQuestion", "Declined"}
 TOLD = {"bypassed", "not_stored", "miss", "give_up"}

@@ -34,7 +34,7 @@ def clock(monkeypatch):
     from langchain_aegis import engine
 
     start, moved = engine.now_ms(), [0]
-    for name in ("engine", "control", "explain", "transfer"):
+    for name in ("engine", "updates", "control", "explain", "transfer"):
         monkeypatch.setattr(f"langchain_aegis.{name}.now_ms", lambda: start + moved[0])
 
     def move(seconds):
