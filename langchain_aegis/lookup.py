@@ -203,8 +203,9 @@ def find(
         yield from _exact(found, store, policy, now_ms())
         if found.record is None:
             yield from resolved(key)
-            if (done := the_writer.pending(key.scope)) is not None:
-                yield Settle(done, policy.budget_s)
+            for scope in (key.scope, store.prefix):
+                if (done := the_writer.pending(scope)) is not None:
+                    yield Settle(done, policy.budget_s)
         if found.record is not None or found.reasons:
             if found.fence and key.question is not None and policy.semantic:  # as for a refresh
                 told = found.reasons

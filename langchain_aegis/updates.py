@@ -55,7 +55,7 @@ class Later:
     Attributes:
         rest: Makes the flow that does it.
         exact: The exact key of what it stores.
-        scope: Its scope, or "".
+        scope: Its scope, or ""; the store's prefix if that is not known yet.
         size: Bytes of the answer.
         place: The namespace.
     """
@@ -181,7 +181,7 @@ class Updates:
         if pending is not None and pending.who != told:  # what is around the call has changed: whose is it?
             return (yield from self.give_up(found, "bad_identity"))
         if found is None:  # an update without a lookup: the answer comes from elsewhere, and counts from now
-            if not isinstance(key := (yield from self.located(prompt, llm_string, told)), Key):
+            if not isinstance(key := (yield from self._located(prompt, llm_string, told)), Key):
                 return
             found = Lookup(key, began_ms=now_ms(), epochs=self.store.recent_epochs())
             if found.epochs is None:
@@ -328,8 +328,10 @@ class Updates:
             if (left_s := until - time.monotonic()) <= 0:
                 return (yield from self.give_up(found, "queue_full"))
             yield Settle(done, left_s)
+        # Of an answer that was not looked up, the question is found in the background: till then its scope is any.
+        scope = self.store.prefix if made.unasked else key.scope
         place = self.options.settings.namespace
-        yield Later(partial(self._put, found, made), key.exact, key.scope, len(made.answer), place)
+        yield Later(partial(self._put, found, made), key.exact, scope, len(made.answer), place)
 
     def _put(self, found: Lookup, made: _Made) -> Flow[None]:
         """Store an answer, if it still may be."""

@@ -57,6 +57,14 @@ def test_a_paraphrase_waits_for_the_writes_of_its_scope(make_cache):
         assert text_of(cache.lookup(prompt(PARAPHRASE), MODEL)) == "28 days"
 
 
+def test_a_paraphrase_waits_for_an_answer_that_was_not_looked_up(make_cache):
+    cache = make_cache()
+    with held() as go:
+        cache.update(prompt(BOOK), MODEL, chat("28 days"))
+        threading.Timer(0.05, go.set).start()
+        assert text_of(cache.lookup(prompt(PARAPHRASE), MODEL)) == "28 days"
+
+
 def test_another_cache_of_the_process_finds_what_the_first_was_told(make_cache):
     cache = make_cache()
     other = make_cache(namespace=cache.cache.settings.namespace)
