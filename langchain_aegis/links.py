@@ -88,6 +88,10 @@ class Link:
         """Close the connection."""
         self._connection.disconnect()
 
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # it may be half made, or the interpreter may be ending
+            self._connection.disconnect()
+
 
 class Links:
     """Blocking connections for all threads.

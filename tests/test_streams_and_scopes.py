@@ -6,6 +6,7 @@ import inspect
 import uuid
 
 import pytest
+from caches import stats_of
 from langchain_core.messages import AIMessageChunk
 from langchain_core.runnables import RunnableLambda
 
@@ -66,7 +67,7 @@ async def test_an_invalidation_wins_over_a_stream_that_another_task_reads_to_its
         await anext(stream)
     await model.cache.ainvalidate(tenant="a")
     await asyncio.create_task(finish(stream, "a"))
-    assert model.cache.stats().not_stored == {"invalidated": 1}
+    assert stats_of(model.cache).not_stored == {"invalidated": 1}
     await model.cache.aclose()
 
 
@@ -145,7 +146,7 @@ def test_what_is_sent_after_the_scope_holds_the_settings_of_the_scope(model, ser
     for _ in range(2):
         list(made_in(aegis_scope(tenant="a", cache="off"), lambda: model.stream(QUESTION)))
     assert len(server.chats) == 2
-    assert model.cache.stats().stored == 0
+    assert stats_of(model.cache).stored == 0
 
 
 def test_a_stream_that_is_never_read_is_nothing(model, server):
@@ -186,12 +187,12 @@ async def test_generators_read_in_turn_bypass_the_cache_until_one_is_closed(mode
         await anext(first)
         async with contextlib.aclosing(held(model, "b", ask)) as second:
             await anext(second)
-            stored = model.cache.stats().stored
+            stored = stats_of(model.cache).stored
             assert stored == len(server.chats) == 2
             await anext(first)
             await anext(first)
             assert len(server.chats) == 4
-            assert model.cache.stats().stored == stored
+            assert stats_of(model.cache).stored == stored
             await anext(second)  # what runs is what entered the scope in force
             assert len(server.chats) == 4
         await anext(first)
@@ -209,7 +210,7 @@ async def test_a_call_whose_config_names_another_tenant_than_the_scope_bypasses_
             await model.ainvoke(QUESTION, config)
             assert [chunk async for chunk in model.astream(QUESTION, config)]
     assert len(server.chats) == 4
-    assert model.cache.stats().stored == 0
-    assert model.cache.stats().reasons["bad_identity"] >= 4
+    assert stats_of(model.cache).stored == 0
+    assert stats_of(model.cache).reasons["bad_identity"] >= 4
     assert [r.getMessage().split(":")[0] for r in caplog.records] == ["bad_identity"]
     await model.cache.aclose()

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypedDict
 
 import httpx
 import pytest
-from caches import Same
+from caches import Same, stats_of
 from langchain.agents import create_agent
 from langchain_core.messages import HumanMessage
 from langchain_core.prompts import ChatPromptTemplate
@@ -742,4 +742,4 @@ async def test_a_tenant_that_is_no_name_bypasses_the_cache(server, model, bad):
     for _ in range(2):
         await model.ainvoke(QUESTION, named(bad))
     assert len(server.chats) == 2
-    assert model.cache.stats().stored == 0
+    assert stats_of(model.cache).stored == 0

@@ -45,7 +45,9 @@ def test_an_update_does_not_wait_for_redis_and_the_next_lookup_waits_for_the_upd
         cache.update(prompt(BOOK), MODEL, chat("28 days"))
         assert the_writer.busy
         threading.Timer(0.05, go.set).start()
-        assert text_of(cache.lookup(prompt(BOOK), MODEL)) == "28 days"
+        found = cache.lookup(prompt(BOOK), MODEL)
+    assert text_of(found) == "28 days"
+    assert found[0].message.response_metadata["aegis_cache"]["tier"] == "exact"
 
 
 def test_a_paraphrase_waits_for_the_writes_of_its_scope(make_cache):
