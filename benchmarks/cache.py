@@ -5,7 +5,7 @@ paraphrase, a question that nobody asked before, and the storing of its answer; 
 through `invoke` and `ainvoke` of a model. Every answer is checked; a wrong one fails the run, and nothing is written.
 
     python benchmarks/cache.py                        # 1,000 and 10,000 entries, memory, a real embedder: 4 minutes
-    python benchmarks/cache.py --sizes 100000         # this package and the floors only; some minutes of filling
+    python benchmarks/cache.py --sizes 100000         # this package and the floors only: 4 minutes
     python benchmarks/cache.py --write                # also into benchmarks/README.md, with pictures
     python benchmarks/cache.py --profile hit          # where the time of a hit goes: hit, semantic or miss
 

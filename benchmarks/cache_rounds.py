@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cache_systems import System
-from cache_workload import PARAPHRASES, PROMPTS, Item, Workload, generations, messages
+from cache_workload import KNOWN, PARAPHRASES, PROMPTS, Item, Workload, generations, messages
 from langchain_core.caches import BaseCache
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage
@@ -146,8 +146,8 @@ class Deck:
     """
 
     def __init__(self, workload: Workload, entries: int, seed: int) -> None:
-        self.workload, self.entries, self.random = workload, entries, random.Random(seed)
-        self._fresh = entries
+        self.workload, self.random = workload, random.Random(seed)
+        self._fresh, self.entries = entries, min(entries, KNOWN)
         self._pairs = self._all_pairs()
 
     def _all_pairs(self) -> Iterator[tuple[int, int]]:

@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from itertools import islice
 from typing import Any
 
 import numpy
 import redis
 import redis.asyncio
-from cache_filling import fill
-from cache_workload import PROMPTS, Item, generations
+from cache_filling import fill, multiply
+from cache_workload import KNOWN, PROMPTS, Item, generations
 from langchain_core.caches import BaseCache
 from langchain_core.embeddings import Embeddings
 
@@ -291,8 +292,14 @@ class Aegis(_Cache):
         )  # fmt: skip
 
     def fill(self, items: Iterable[Item], prepare: Any) -> None:
-        with self._make(op_budget_s=_BUDGET_S) as cache:
-            fill(cache, items, self.place.llm_string, prepare=prepare, scope=self.place.scope)
+        coming, seen = iter(items), []
+        with self._make(op_budget_s=_BUDGET_S, on_lookup=seen.append) as cache:
+            known = list(islice(coming, KNOWN))
+            fill(cache, known, self.place.llm_string, prepare=prepare, scope=self.place.scope)
+            if rest := sum(1 for _ in coming):
+                cache.lookup(PROMPTS.prompt(known[0].question), self.place.llm_string)
+                drawn = numpy.random.default_rng(len(known))
+                multiply(cache, seen[-1].record, rest, lambda many: self.place.embeddings.around(drawn, many))
 
     async def aclose(self) -> None:
         await self.cache.aclose()

@@ -58,6 +58,7 @@ SYSTEM = (
     "point to the manual. Never ask for passwords or other secrets, and never repeat one that you were told."
 )
 ANSWER_BYTES = 1024
+KNOWN = 20_000  # items that can be asked for; of more entries, the others are only there, to be searched among
 _SPREAD = 0.25  # length of what a paraphrase's vector is moved by: a cosine of 0.97
 _TOPICS = 256
 

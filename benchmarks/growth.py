@@ -6,7 +6,7 @@ to find its answer among.
 
     python benchmarks/growth.py                                    # to 20,000 entries: 4 minutes
     python benchmarks/growth.py --entries 1000 10000 100000        # with scopes of 1 to 50,000
-    python benchmarks/growth.py --entries 100000 1000000 --dimensions 64 --only entries
+    python benchmarks/growth.py --entries 100000 1000000 --dimensions 64 --only entries   # an hour
     python benchmarks/growth.py --write                            # also into benchmarks/README.md, with pictures
 """
 
