@@ -154,7 +154,9 @@ class Grown:
         while time.perf_counter() - began < 3600:
             if set(names) <= set(self.indexes()) and not any(self._indexing(name) for name in names):
                 return time.perf_counter() - began
-            time.sleep(0.01)
+            time.sleep(
+                min(2.0, max(0.01, (time.perf_counter() - began) / 20))
+            )  # asking costs the server something, too
         raise RuntimeError("the index is not made again")
 
     def _indexing(self, name: str) -> bool:
