@@ -282,7 +282,10 @@ class Recorder(Pixels):
 
     def __init__(self):
         super().__init__(WIDTH, HEIGHT)
-        self.written = []
+        self.written, self.lines = [], []
+
+    def line(self, points, colour, width=1.5):
+        self.lines.append(points)
 
     def text(self, x, y, text, *, size=13, anchor="start", colour="", bold=False):
         self.written.append((x, y, text, size, anchor))
@@ -348,6 +351,20 @@ def test_no_text_of_a_chart_lies_on_another_or_outside():
         for (one, *a), (other, *b) in itertools.combinations(canvas.boxes(), 2):
             apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
             assert apart, (chart.name, one, other)
+
+
+@pytest.mark.parametrize("paraphrases", [0, 20, 31, 36, 50, 60])
+def test_no_share_is_written_under_the_marks_of_what_was_expected(paraphrases):
+    pytest.importorskip("PIL")
+    (chart,) = (c for c in charts(answered(paraphrases)) if c.name == "rag-answered")
+    canvas = Recorder()
+    chart.draw(canvas)
+    marks = [points for points in canvas.lines if len(points) == 2 and points[0][0] == points[1][0]][-2:]
+    shares = [box for box in canvas.boxes(wider=1.15) if box[0].endswith(" %") and "expected" not in box[0]]
+    assert len(shares) > 5
+    for text, left, top, right, bottom in shares:
+        for (x, high), (_, low) in marks:
+            assert not (left < x < right and top < low and high < bottom), (text, x)
 
 
 def test_pictures_are_files_of_that_size_with_colours(tmp_path):

@@ -157,6 +157,7 @@ def _draw_answered(canvas: Canvas, answered: Mapping[str, Any], notes: tuple[str
         canvas.line([(x, _TOP), (x, floor)], FAINT)
         canvas.text(x, floor + 20, f"{tick} %", anchor="middle")
     step = (floor - _TOP) / len(rows)
+    marks = [left + share / 100 * (right - left) for share in (85, 90)]
     for at, (label, row) in enumerate(rows):
         top, height, x = _TOP + at * step + step * 0.16, step * 0.68, float(left)
         canvas.text(left - 10, top + height / 2 - 3, label, anchor="end", bold=at == 0)
@@ -169,14 +170,18 @@ def _draw_answered(canvas: Canvas, answered: Mapping[str, Any], notes: tuple[str
             canvas.rect(x, top, width, height, colour)
             if width > 40:
                 dark = name in ("exact", "wrong")
-                canvas.text(x + width / 2, top + height / 2 + 5, f"{100 * parts[name] / row['asked']:.0f} %",
+                middle = x + width / 2
+                if drawn and at == 0 and any(abs(middle - mark) < 20 for mark in marks):
+                    # Beside the marks of what was expected, not under them: on the wider side.
+                    before, after = marks[0] - x, x + width - marks[-1]
+                    middle = x + before / 2 if before > after else marks[-1] + after / 2
+                canvas.text(middle, top + height / 2 + 5, f"{100 * parts[name] / row['asked']:.0f} %",
                             anchor="middle", colour="#ffffff" if dark else INK)  # fmt: skip
             x += width
     if drawn:
         y = _TOP + step * 0.04
-        for share in (85, 90):
-            x = left + share / 100 * (right - left)
-            canvas.line([(x, y), (x, y + step * 0.92)], INK, width=2)
+        for mark in marks:
+            canvas.line([(mark, y), (mark, y + step * 0.92)], INK, width=2)
         canvas.text(left + 0.875 * (right - left), y - 6, "expected: 85 to 90 %", size=11, anchor="middle")
 
 
