@@ -266,3 +266,12 @@ def test_a_size_is_enough(server):
     assert find_model("mine", server.url, "13b", None, 5).shape.name == "mine"
     with pytest.raises(AegisConfigError, match="8b or 270m"):
         find_model(None, None, "", None, 5)
+
+
+@pytest.mark.parametrize("memory", ["20", "128"])
+@pytest.mark.parametrize("form", ["table", "env"])
+def test_a_model_is_called_by_the_name_that_was_given(aegis, memory, form):
+    """Not by that of the model of the same shape whose sizes are used."""
+    _, out, err = aegis("llama3.1:70b", "--offline", "--tuning", "workstation", "--memory-gb", memory, "--format", form)
+    assert "llama3.1:70b" in out + err
+    assert "llama3.3" not in out + err

@@ -49,6 +49,8 @@ def find_model(
     if shape is None:
         shape = of_table(name, wanted) or of_tag(name, wanted)
         notes = (*notes, "Shape and size come from the table that is shipped, not from the model's file.")
+        if shape and ":" in name and shape.name != name:  # another name of that shape: say what was asked for
+            shape = replace(shape, name=name)
     elif wanted and wanted != shape.quantisation:
         notes = (*notes, f"The server has it as {shape.quantisation}; the size as {wanted} is an estimate.")
         shape = shape.stored_as(wanted)
