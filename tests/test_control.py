@@ -1,6 +1,7 @@
 """What a user does with a cache besides asking it: every promise of `langchain_aegis.control`, on a real Redis."""
 
 import json
+import time
 
 import pytest
 from caches import MODEL, Words, chat, prompt, text_of
@@ -9,6 +10,7 @@ from langchain_core.outputs import Generation
 
 from langchain_aegis import AegisSemanticCache, ChatAegis, aegis_scope, aegis_sources, was_cached
 from langchain_aegis.errors import AegisConfigError, AegisOverloadedError
+from langchain_aegis.writes import the_writer
 
 BOOK, CARD = "How long may I keep a book?", "What does a reader card cost?"
 NEAR_BOOK = "How long can I keep a book?"
@@ -323,8 +325,13 @@ def test_a_tenant_keeps_what_was_used_last(make_cache):
     questions = [f"What does card {name} cost?" for name in ("red", "green", "blue")]
     for question in questions:
         taught(cache, question, question)
+        assert the_writer.drain(timeout_s=10)
+        stored_ms = int(time.time() * 1000)
+        while int(time.time() * 1000) == stored_ms:  # of what was used in one millisecond none is older
+            pass
     assert asked(cache, questions[0]) == questions[0], "used: no longer the oldest"
     taught(cache, "What does the library own?", "books")
+    assert the_writer.drain(timeout_s=10)
     assert [asked(cache, q) for q in questions] == [questions[0], None, questions[2]]
 
 

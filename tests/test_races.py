@@ -27,6 +27,7 @@ from langchain_aegis import (
     was_cached,
 )
 from langchain_aegis.merging import chat_flights
+from langchain_aegis.writes import the_writer
 
 QUESTION, PARAPHRASE = "How long may I keep a book?", "How long can I keep a book?"
 WHOSE = {"tenant": "acme", "user": "ann", "task": "faq"}
@@ -543,6 +544,7 @@ async def test_a_removal_here_wins_over_an_answer_that_another_process_makes(cac
     assert process.hear() == "outdated"
     pipeline = Pipeline()
     assert await pipeline.ask(cache, question=PARAPHRASE) == "answer 1"
+    assert the_writer.drain(timeout_s=10)
     process.order("ask", make.namespace)
     assert process.hear() == "answer 1"  # it generates nothing
 
