@@ -204,16 +204,15 @@ class Admission:
         """
         if not self.full or self._clock() >= self._next_purge:  # the second: calls of closed loops make room
             return
-        with self._lock:
-            refused = not self._closed and self.full and len(self._line) and self._line.rival(traits.tenant) is None
-            if refused:
-                self._tally.count("refused", traits)
-                refusal = self._overloaded()
         live.touch()
-        if self._gone:
-            self._settle()
-        if refused:
-            raise refusal
+        try:
+            with self._lock:
+                if not self._closed and self.full and len(self._line) and self._line.rival(traits.tenant) is None:
+                    self._tally.count("refused", traits)
+                    raise self._overloaded()  # not kept in a name: it would hold its own frame, as garbage
+        finally:
+            if self._gone:
+                self._settle()
 
     @contextlib.contextmanager
     def slot(self, **arguments: Any) -> Iterator[Ticket]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import gc
 import itertools
 import random
 import threading
@@ -256,6 +257,31 @@ async def test_a_binding_asks_before_it_merges_configs(monkeypatch):
                 await ask("q")
     assert admission.stats().refused == 12
     assert {(row.model, row.tenant) for row in admission.stats().rows if row.refused} == {(wrapper.inner.model, None)}
+    assert held
+
+
+async def test_a_refusal_leaves_no_garbage():
+    """An error that its own traceback holds is collected later, by a pause that hits one refusal of a hundred."""
+    wrapper = BatchingChatModel(Fake(), max_concurrency=1, max_waiting=1)
+    held, binding = fill(wrapper), wrapper.bind(stop=["x"])
+
+    async def refuse(ask):
+        for _ in range(100):
+            try:
+                await ask("q")
+            except AegisOverloadedError:
+                continue
+            pytest.fail("a full queue took a call")
+
+    await refuse(binding.ainvoke)
+    gc.collect()
+    gc.disable()
+    try:
+        for ask in (wrapper.ainvoke, binding.ainvoke):
+            await refuse(ask)
+            assert gc.collect() < 20
+    finally:
+        gc.enable()
     assert held
 
 
