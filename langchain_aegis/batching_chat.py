@@ -59,7 +59,8 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
         window_ms: 0: waiting calls run first come, first served (fair between tenants). Else those that share a long
             prefix, a model and runner options are put next to each other while all slots are busy; nothing is ever
             held back while a slot is free, and no call is overtaken for longer than this, twice a service time, or
-            2 s, whichever is longest. In milliseconds; default `BATCH_WINDOW_MS`, else 50.
+            2 s, whichever is longest (half as long again, loads not counted, where the server is saved one). In
+            milliseconds; default `BATCH_WINDOW_MS`, else 50.
         max_batch: Most calls of one such group in a row while others wait; also how many items of a `.batch` wait in
             the queue.
         deadline_s: Seconds after which a caller gets `AegisDeadlineError`. A synchronous request that has been sent

@@ -6,7 +6,8 @@ Three rules, each within what the one before allows:
 2. Tenants take turns.
 3. Calls that need what the server has loaded go before those that make it load something, and a slot goes on with calls
    that begin like the one that just left it, because the server still has that beginning in its prompt cache. Nobody
-   waits longer for this than first come, first served would have made him wait, and his patience on top.
+   waits longer for this than first come, first served would have made him wait, and his patience on top; where a load
+   is saved, half of it more, and the loads, which he would have had to wait for anyway.
 """
 
 from __future__ import annotations
@@ -216,9 +217,13 @@ class Line:
                     break
                 fitting = [t for t in queue.first() if t.ordered and t.traits.runner == loaded]
         if not fitting:  # another model may be loaded beside this one; only then something else has to be loaded
-            resident = (t for t in choice if self._resident.get(t.traits.model) == t.traits.runner)
+            # Those that came together with the first have waited as long, but for who of them was written first.
+            until = (choice[0].entered or now) + choice[0].window_s
+            together = [t for t in pool if (t.entered or now) <= until]
+            resident = (t for t in (*choice, *together) if self._resident.get(t.traits.model) == t.traits.runner)
             runner = next(resident, choice[0]).traits.runner
-            return [t for t in choice if t.traits.runner == runner]
+            named = [t for t in choice if t.traits.runner == runner]
+            return named or [t for t in together if t.traits.runner == runner]
         if fitting[0] is not pool[0]:
             self.reloads_avoided += 1
             if pool[0].passed is None:
