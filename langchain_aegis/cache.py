@@ -193,7 +193,12 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
     def lookup(self, prompt: str, llm_string: str) -> RETURN_VAL_TYPE | None:
         """Return the kept answer to `prompt`, as a fresh list of generations, or None."""
         try:
-            return run(self._engine.lookup(prompt, llm_string), self._perform)
+            if (begun := self._engine.begin(prompt, llm_string)) is None:
+                return run(self._engine.lookup(prompt, llm_string), self._perform)
+            self._ask(begun)
+            if (told := self._engine.answer(begun, prompt, llm_string)) is not None:
+                return told[0]
+            return run(self._engine.go_on(begun, prompt, llm_string), self._perform)
         except Exception as exc:  # LangChain calls this bare: whatever goes wrong here must not cost the user his call
             swallow("lookup", exc)
             return None
@@ -201,7 +206,12 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
     async def alookup(self, prompt: str, llm_string: str) -> RETURN_VAL_TYPE | None:
         """Return the kept answer to `prompt`, as a fresh list of generations, or None."""
         try:
-            return await arun(self._engine.lookup(prompt, llm_string), self._aperform)
+            if (begun := self._engine.begin(prompt, llm_string)) is None:
+                return await arun(self._engine.lookup(prompt, llm_string), self._aperform)
+            await self._aask(begun)
+            if (told := self._engine.answer(begun, prompt, llm_string)) is not None:
+                return told[0]
+            return await arun(self._engine.go_on(begun, prompt, llm_string), self._aperform)
         except Exception as exc:  # as in `lookup`
             swallow("lookup", exc)
             return None

@@ -80,6 +80,14 @@ class Connections:
         Raises:
             Unavailable: Redis cannot be asked, or did not answer within the budget.
         """
+        return self.ask(step.request or packed(step.each), len(step.each))
+
+    async def aperform(self, step: Commands) -> list[Any]:
+        """Like `perform`, without blocking the event loop."""
+        return await self.aask(step.request or packed(step.each), len(step.each))
+
+    def ask(self, request: bytes, count: int) -> list[Any]:
+        """Do what `perform` does, with `count` commands as they are sent."""
         if not self.breaker.allow():
             raise Unavailable("redis_down")
         links = self._sync
@@ -87,18 +95,18 @@ class Connections:
             with self._lock:
                 links = self._sync = self._sync or self._make_sync()
         try:
-            replies = links.ask(step.request or packed(step.each), len(step.each))
+            replies = links.ask(request, count)
         except (RedisError, hiredis.HiredisError, OSError) as exc:
             raise self._unavailable(exc) from exc
         self.breaker.succeeded()
         return replies
 
-    async def aperform(self, step: Commands) -> list[Any]:
-        """Like `perform`, without blocking the event loop."""
+    async def aask(self, request: bytes, count: int) -> list[Any]:
+        """Like `ask`, without blocking the event loop."""
         if not self.breaker.allow():
             raise Unavailable("redis_down")
         try:
-            replies = await self._async.get().ask(step.request or packed(step.each), len(step.each))
+            replies = await self._async.get().ask(request, count)
         except (RedisError, hiredis.HiredisError, OSError) as exc:
             raise self._unavailable(exc) from exc
         self.breaker.succeeded()

@@ -13,16 +13,19 @@ from typing import Any, Literal, TypeVar
 from langchain_core.outputs import Generation
 
 from langchain_aegis import entries
+from langchain_aegis.breaker import Unavailable
+from langchain_aegis.cache_options import never
 from langchain_aegis.counts import cost_of
 from langchain_aegis.flows import Flow
 from langchain_aegis.keys import Key, Who
-from langchain_aegis.lookup import Lookup, find
+from langchain_aegis.lookup import Begun, Lookup, find, serve_exact
 from langchain_aegis.notices import warn_once
 from langchain_aegis.reports import lookup_id
 from langchain_aegis.results import CacheStats
 from langchain_aegis.scope import current
 from langchain_aegis.stamps import note_lookup, recall, remember
 from langchain_aegis.updates import Updates, now_ms
+from langchain_aegis.writes import the_writer
 
 T = TypeVar("T")
 
@@ -48,11 +51,7 @@ class Engine(Updates):
         told = self.caller()
         key: Key | str = told if isinstance(told, str) else (yield from self._located(prompt, llm_string, told))
         if isinstance(key, Key):
-            found = yield from self.find(key)
-            answer = self._served(found, entries.decode_answer)
-            if answer is None:
-                remember(self._identity, prompt, llm_string, told, found)
-            return answer
+            return self._told((yield from self.find(key)), prompt, llm_string, told)
         if key == "unnamed_model":
             warn_once(
                 "unnamed_model",
@@ -61,6 +60,42 @@ class Engine(Updates):
             )
         self.counts.bypassed(key)
         return None
+
+    def begin(self, prompt: str, llm_string: str) -> Begun | None:
+        """Begin the lookup of a model's call without a flow, whose steps cost as much as asking Redis.
+
+        What this returns is sent and `answer` is asked, then `go_on` if that cannot say. None: `lookup` has to do all.
+        """
+        if self._opened is None or self.options.bypass is not never or self._is_long(prompt):
+            return None
+        note_lookup("")
+        told, policy = self.caller(), self.policy()
+        if isinstance(told, str) or policy.touch or current().cache == "refresh":
+            return None
+        key = self._locate(prompt, llm_string, told)
+        if isinstance(key, str) or the_writer.pending(key.exact) is not None:
+            return None
+        request = self.store.request(key.exact, key.things, key.tenant, key.user)
+        return Begun(Lookup(key, began_ms=now_ms()), policy, request, told)
+
+    def answer(self, begun: Begun, prompt: str, llm_string: str) -> tuple[list[Generation] | None] | None:
+        """Return what is served (in a tuple, since it may be None) if the replies say all; None: `go_on`."""
+        found, replies = begun.found, begun.replies
+        if isinstance(replies, Unavailable) or (read := self.store.at_once(found.key.exact, *replies)) is None:
+            return None
+        record, epochs = read
+        if epochs.opted_out or not serve_exact(found, record, now_ms(), begun.policy):
+            return None
+        found.epochs, found.asked_s = epochs, begun.took_s
+        note_lookup(epochs.stamp())
+        if not self._heeded(found):
+            found.record, found.tier, found.similarity = None, "miss", None
+            return None
+        return (self._told(found, prompt, llm_string, begun.told),)
+
+    def go_on(self, begun: Begun, prompt: str, llm_string: str) -> Flow[list[Generation] | None]:
+        """Go on with a lookup that more must be asked for, or that Redis did not answer."""
+        return self._told((yield from self.find(begun.found.key, begun)), prompt, llm_string, begun.told)
 
     def lookup_value(
         self, question: str, pipeline: str, version: str
@@ -85,10 +120,11 @@ class Engine(Updates):
             return "bypass"
         return self.keyring.for_pipeline(question, told, pipeline=pipeline, version=version)
 
-    def find(self, key: Key) -> Flow[Lookup]:
+    def find(self, key: Key, begun: Begun | None = None) -> Flow[Lookup]:
         """Look `key` up; a refresh only sees to it that no earlier answer is kept."""
         serve = current().cache != "refresh"
-        found = yield from find(self.store, key, self.policy(), now_ms, self.keyring.profile_key, serve=serve)
+        policy = self.policy() if begun is None else begun.policy
+        found = yield from find(self.store, key, policy, now_ms, self.keyring.profile_key, serve=serve, begun=begun)
         note_lookup(found.epochs.stamp() if found.epochs is not None else "")
         yield from self.heed(found)
         if found.tier != "exact" and key.scope:
@@ -97,14 +133,18 @@ class Engine(Updates):
 
     def heed(self, found: Lookup) -> Flow[None]:
         """Learn what the namespace says, and serve nothing to a call that names no tenant although it should."""
+        if not self._heeded(found):
+            yield from self._release(found)
+            found.record, found.tier, found.similarity, found.epochs, found.stale = None, "miss", None, None, None
+            found.reasons = ("no_tenant",)
+
+    def _heeded(self, found: Lookup) -> bool:
+        """Learn what the namespace says; return whether the call may be served."""
         if found.epochs is not None:
             self._seen_tenant = self._seen_tenant or found.epochs.tenanted
             if found.epochs.trash:
                 self.wake_sweeper()
-        if self._tenant_missing(found.key.tenanted):
-            yield from self._release(found)
-            found.record, found.tier, found.similarity, found.epochs, found.stale = None, "miss", None, None, None
-            found.reasons = ("no_tenant",)
+        return not self._tenant_missing(found.key.tenanted)
 
     def instead(self, found: Lookup, decode: Callable[..., T | None]) -> Flow[T | None]:
         """Let others make the answer whose making failed; return an old one, decoded, if that may be served."""
@@ -131,6 +171,13 @@ class Engine(Updates):
         return True
 
     # -- parts ----------------------------------------------------------------------------------------------------
+
+    def _told(self, found: Lookup, prompt: str, llm_string: str, told: Who | str) -> list[Generation] | None:
+        """Return what is served for a model's call; a miss is kept in mind for the update."""
+        answer = self._served(found, entries.decode_answer)
+        if answer is None:
+            remember(self._identity, prompt, llm_string, told, found)
+        return answer
 
     def _served(self, found: Lookup, decode: Callable[..., T | None]) -> T | None:
         answer: T | None = None

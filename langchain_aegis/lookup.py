@@ -176,9 +176,31 @@ class Lookup:
     asked_s: float = 0.0
 
 
+@dataclass(slots=True)
+class Begun:
+    """A lookup for which Redis was asked for an exact repeat before its flow began.
+
+    Attributes:
+        found: The lookup.
+        policy: What decides about it.
+        request: What is sent, see `Store.request`.
+        told: Whose call it is.
+        replies: What came of it.
+        took_s: How long that took.
+    """
+
+    found: Lookup
+    policy: Policy
+    request: bytes
+    told: Any
+    replies: Sequence[Any] | Unavailable = ()
+    took_s: float = 0.0
+
+
 def find(
-    store: Store, key: Key, policy: Policy, now_ms: Callable[[], int], profile_key: bytes, *, serve: bool = True
-) -> Flow[Lookup]:
+    store: Store, key: Key, policy: Policy, now_ms: Callable[[], int], profile_key: bytes, *, serve: bool = True,
+    begun: Begun | None = None,
+) -> Flow[Lookup]:  # fmt: skip
     """Decide which stored answer, if any, serves `key`.
 
     Args:
@@ -188,8 +210,9 @@ def find(
         now_ms: Returns the unix time in milliseconds.
         profile_key: Keys the words in the guards' profiles.
         serve: False: serve nothing, and see to it that no answer whose making has begun already is kept.
+        begun: Redis was asked for an exact repeat already.
     """
-    found = Lookup(key, began_ms=now_ms())
+    found = Lookup(key, began_ms=now_ms()) if begun is None else begun.found
     try:
         if not serve:
             found.epochs = yield from store.refresh(key.exact, key.things)
@@ -198,9 +221,9 @@ def find(
                 yield from embed(found, policy, profile_key)
             found.reasons = ("refresh",)
             return found
-        if (done := the_writer.pending(key.exact)) is not None:
+        if begun is None and (done := the_writer.pending(key.exact)) is not None:
             yield Settle(done, policy.budget_s)
-        yield from _exact(found, store, policy, now_ms())
+        yield from _exact(found, store, policy, now_ms(), begun)
         if found.record is None:
             yield from resolved(key)
             for scope in (key.scope, store.prefix):
@@ -228,20 +251,19 @@ def resolved(key: Key) -> Flow[None]:
         key.resolve()
 
 
-def _exact(found: Lookup, store: Store, policy: Policy, now_ms: int) -> Flow[None]:
+def _exact(found: Lookup, store: Store, policy: Policy, now_ms: int, begun: Begun | None) -> Flow[None]:
     """Serve an exact repeat; a reason is noted only where nothing further is to be asked."""
     key = found.key
     asked = time.perf_counter()
     record, found.epochs = yield from store.read(
-        key.exact, key.things, tenant=key.tenant, user=key.user, touch_ms=now_ms if policy.touch else 0
-    )
-    found.asked_s = time.perf_counter() - asked
+        key.exact, key.things, tenant=key.tenant, user=key.user, touch_ms=now_ms if policy.touch else 0,
+        first=None if begun is None else begun.replies,
+    )  # fmt: skip
+    found.asked_s = time.perf_counter() - asked if begun is None else begun.took_s
     if found.epochs is not None and found.epochs.opted_out:
         found.epochs, found.reasons = None, ("opted_out",)  # nothing is kept of this user
-    elif record is None or not _current(record, now_ms, policy):
+    elif record is None or serve_exact(found, record, now_ms, policy) or not _current(record, now_ms, policy):
         return
-    elif _fresh(record, now_ms):
-        found.record, found.tier, found.similarity = record, "exact", 1.0
     else:
         found.stale = record
         if now_ms < record.fresh_ms + policy.revalidate_ms:
@@ -250,6 +272,14 @@ def _exact(found: Lookup, store: Store, policy: Policy, now_ms: int) -> Flow[Non
                 found.reasons = ("stale_revalidate",)
             else:
                 found.record, found.tier, found.similarity = record, "exact", 1.0
+
+
+def serve_exact(found: Lookup, record: Record, now_ms: int, policy: Policy) -> bool:
+    """Serve a living record of an exact repeat if it is neither too old nor another model's; return whether it was."""
+    if not _current(record, now_ms, policy) or not _fresh(record, now_ms):
+        return False
+    found.record, found.tier, found.similarity = record, "exact", 1.0
+    return True
 
 
 def _by_meaning(found: Lookup, store: Store, policy: Policy, now_ms: int, profile_key: bytes) -> Flow[None]:

@@ -207,13 +207,8 @@ class Namespace:
         kept: list[Record] = []
         asked: list[Record] = []
         for record in records:
-            made = _clock(record, epochs)
-            if made is None or record.created_ms < epochs.before_ms:
-                continue
-            if any(dead > made for dead in epochs.dead):
-                continue
-            # Only if some source was invalidated after it: which ones?
-            (asked if record.src and epochs.source > made else kept).append(record)
+            if (alive := lives(record, epochs)) is not False:
+                (asked if alive is None else kept).append(record)
         if asked:
             marks = yield from self._source_marks({s for record in asked for s in record.src}, epochs)
             kept += [r for r in asked if all(marks.get(s, epochs.clock) <= (_clock(r, epochs) or 0) for s in r.src)]
@@ -293,7 +288,21 @@ def named(things: Sequence[str], given: str | None, kind: str) -> str | None:
     return given if given is not None else next((thing for thing in things if thing.startswith(kind)), None)
 
 
+def lives(record: Record, epochs: Epochs) -> bool | None:
+    """Return whether nothing has invalidated a record since its making began; None: its sources must be asked for."""
+    made = _clock(record, epochs)
+    if made is None or record.created_ms < epochs.before_ms:
+        return False
+    if epochs.dead and max(epochs.dead) > made:
+        return False
+    # Only if some source was invalidated after it: which ones?
+    return None if record.src and epochs.source > made else True
+
+
 def _clock(record: Record, epochs: Epochs) -> int | None:
     """Return the clock at which a record's making began; None if it was in another incarnation."""
     incarnation, _, clock = record.epochs.partition(":")
-    return int(clock) if incarnation == epochs.id and clock.isdigit() and int(clock) <= epochs.clock else None
+    if incarnation != epochs.id or not clock.isdigit():
+        return None
+    made = int(clock)
+    return made if made <= epochs.clock else None

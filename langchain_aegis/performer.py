@@ -20,7 +20,7 @@ from langchain_aegis.engine import Engine
 from langchain_aegis.errors import AegisConfigError, AegisConnectionError
 from langchain_aegis.flows import Flow, arun, run
 from langchain_aegis.forks import reset_after_fork
-from langchain_aegis.lookup import Aside, Embed, Settle, Verify, Wait, Work
+from langchain_aegis.lookup import Aside, Begun, Embed, Settle, Verify, Wait, Work
 from langchain_aegis.notices import logger, warn_once
 from langchain_aegis.store import Commands
 from langchain_aegis.sweeper import the_sweeper
@@ -85,6 +85,23 @@ class Performer:
             return done.cancel() and None  # the write goes on
         assert isinstance(step, Wait)  # noqa: S101  # there is no other
         return await asyncio.sleep(step.seconds)
+
+    def _ask(self, begun: Begun) -> None:
+        """Ask Redis what a lookup that has begun wants to know."""
+        asked = time.perf_counter()
+        try:
+            begun.replies = self._connections.ask(begun.request, 2)
+        except Unavailable as exc:
+            begun.replies = exc
+        begun.took_s = time.perf_counter() - asked
+
+    async def _aask(self, begun: Begun) -> None:
+        asked = time.perf_counter()
+        try:
+            begun.replies = await self._connections.aask(begun.request, 2)
+        except Unavailable as exc:
+            begun.replies = exc
+        begun.took_s = time.perf_counter() - asked
 
     def _later(self, step: Later) -> None:
         do = partial(run, step.rest(), self._perform)

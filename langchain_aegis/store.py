@@ -15,10 +15,11 @@ from operator import itemgetter
 from typing import Any, Final
 
 from langchain_aegis import scripts
+from langchain_aegis.breaker import Unavailable
 from langchain_aegis.entries import FIELDS, Record, unseal, unseal_values
 from langchain_aegis.flows import Flow
 from langchain_aegis.links import packed
-from langchain_aegis.namespace import Commands, Invalidation, Namespace, named
+from langchain_aegis.namespace import Commands, Invalidation, Namespace, lives, named
 from langchain_aegis.nearby import Found, ServerSearch, index, most_similar, ranked
 from langchain_aegis.notices import warn_once
 from langchain_aegis.replies import (
@@ -70,7 +71,7 @@ class Store(Namespace):
 
     def read(
         self, exact: str, things: Sequence[str], *, tenant: str | None = None, user: str | None = None,
-        touch_ms: int = 0,
+        touch_ms: int = 0, first: Sequence[Any] | Unavailable | None = None,
     ) -> Flow[tuple[Record | None, Epochs | None]]:  # fmt: skip
         """Return the record under `exact`, if it may be served, and the epochs at that moment.
 
@@ -82,18 +83,22 @@ class Store(Namespace):
             tenant: Name of its tenant; default: the one among `things`.
             user: Name of its user; default: the one among `things`.
             touch_ms: Unix time in milliseconds, noted as the entry's last use; 0: none is noted.
+            first: What came of sending `request`, if that was done already.
         """
+        if isinstance(first, Unavailable):
+            raise first
         tenant, user = named(things, tenant, "tenant:"), named(things, user, "user:")
-        read: tuple[Any, ...] = ("HMGET", self._entry(exact), *FIELDS)
-        name = exact.encode()
-        if touch_ms and tenant:
-            step = Commands((read, self._ask(things, tenant, user), self._touch(exact, tenant, touch_ms)))
-        else:
-            ask, asked = self._packed_ask(tuple(things), tenant, user)
-            # What is sent says how long the name is.
-            request = self._read_begins + name + self._read_ends + asked if len(name) == _DIGITS else b""
-            step = Commands((read, ask), request)
-        stored, told, *_ = yield step
+        replies: Any = first
+        if replies is None:
+            read: tuple[Any, ...] = ("HMGET", self._entry(exact), *FIELDS)
+            ask = self._ask(things, tenant, user)
+            if touch_ms and tenant:
+                replies = yield Commands((read, ask, self._touch(exact, tenant, touch_ms)))
+            else:
+                replies = yield Commands((read, ask), self.request(exact, things, tenant, user))
+        stored, told, *_ = replies
+        if (found := self.at_once(exact, stored, told)) is not None:
+            return found
         epochs = self._read_epochs(told)
         if epochs is None:
             epochs = yield from self._begin(things, tenant, user)
@@ -105,6 +110,25 @@ class Store(Namespace):
             return None, epochs
         alive = yield from self._alive([record], epochs)
         return (alive[0] if alive else None), epochs
+
+    def request(self, exact: str, things: Sequence[str], tenant: str | None, user: str | None) -> bytes:
+        """Return what is sent to read a record and the epochs, two commands; b"" if `exact` is no exact key.
+
+        Arguments as `read`, but all of them are said.
+        """
+        name = exact.encode()  # what is sent says how long it is
+        if len(name) != _DIGITS:
+            return b""
+        return b"".join((self._read_begins, name, self._read_ends, self._packed_ask(tuple(things), tenant, user)))
+
+    def at_once(self, exact: str, stored: Any, told: Any) -> tuple[Record, Epochs] | None:
+        """Return a living record and the epochs from the two replies to `request`; None: `read` has to see."""
+        if isinstance(stored, Exception) or stored[0] is None or (epochs := self._read_epochs(told)) is None:
+            return None
+        record = unseal_values(stored, self._mac_key)
+        if record is None or record.key != exact or not lives(record, epochs):
+            return None
+        return record, epochs
 
     def epochs(
         self, things: Sequence[str], *, tenant: str | None = None, user: str | None = None
@@ -319,9 +343,8 @@ class Store(Namespace):
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
-    def _pack_ask(self, things: tuple[str, ...], tenant: str | None, user: str | None) -> tuple[tuple[str, ...], bytes]:
-        ask = self._ask(things, tenant, user)
-        return ask, packed([ask])
+    def _pack_ask(self, things: tuple[str, ...], tenant: str | None, user: str | None) -> bytes:
+        return packed([self._ask(things, tenant, user)])
 
     def _mark(
         self, things: Sequence[str], groups: Sequence[Sequence[str]], *, everything: bool = False, before_ms: int = 0,

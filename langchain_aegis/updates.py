@@ -138,12 +138,14 @@ class Updates:
     def _located(self, prompt: str, llm_string: str, told: Who) -> Flow[Key | str]:
         """Return the same; of the key only what an exact repeat needs is known."""
         yield from self.ready()
-        # Where an option asks for the question, all of the prompt has to be read now.
-        long = LONG if self.options.bypass is not never or self.options.scope_ignore else _LONG_UNREAD
-        if len(prompt) > long:
+        if self._is_long(prompt):
             located: Key | str = yield Work(partial(self._locate, prompt, llm_string, told))
             return located
         return self._locate(prompt, llm_string, told)
+
+    def _is_long(self, prompt: str) -> bool:
+        # Where an option asks for the question, all of the prompt has to be read now.
+        return len(prompt) > (LONG if self.options.bypass is not never or self.options.scope_ignore else _LONG_UNREAD)
 
     def ready(self) -> Flow[None]:
         """See to it that the secret and the words of the guards are read: no event loop shall wait for that."""

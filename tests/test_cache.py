@@ -36,6 +36,54 @@ def test_an_exact_repeat_hits_and_asks_no_embedder(make_cache):
     assert was_cached(AIMessage("fresh")) is None
 
 
+def test_redis_is_asked_once_for_an_exact_repeat_and_not_again_where_there_is_none(make_cache, monkeypatch):
+    """What an exact repeat needs is sent before any flow begins; what the flow then does goes on from the replies."""
+    cache = make_cache(repeats="serve")
+    cache.update(prompt("How long may I keep a book?"), MODEL, chat("28 days"))
+    assert stats_of(cache.cache).stored == 1
+    cache.lookup(prompt("How long can I keep a book?"), MODEL)
+    connections, sent = cache.cache._connections, []
+    ask, aask = connections.ask, connections.aask
+    monkeypatch.setattr(connections, "ask", lambda request, count: sent.append(request) or ask(request, count))
+    monkeypatch.setattr(connections, "aask", lambda request, count: sent.append(request) or aask(request, count))
+    assert text_of(cache.lookup(prompt("How long may I keep a book?"), MODEL)) == "28 days"
+    assert len(sent) == 1
+    assert text_of(cache.lookup(prompt("How long can I keep a book?"), MODEL)) == "28 days"
+    assert [b"HMGET" in request for request in sent] == [True, True, False]  # the record once, then the nearest
+    monkeypatch.setattr(cache.cache, "_perform", None)
+    monkeypatch.setattr(cache.cache, "_aperform", None)
+    assert text_of(cache.lookup(prompt("How long may I keep a book?"), MODEL)) == "28 days"  # no flow asks anything
+
+
+def test_an_exact_repeat_that_nobody_may_be_served_goes_on_as_a_miss(make_cache, monkeypatch):
+    """All that can be said against a record is said whichever way it was read."""
+    seen = []
+    cache = make_cache(on_lookup=seen.append)
+    asked, answered = (prompt("How long may I keep a book?"), MODEL), chat("28 days")
+    with aegis_scope(user="u", sources=["doc"]):
+        cache.update(*asked, answered)
+        assert text_of(cache.lookup(*asked)) == "28 days"
+        cache.cache.invalidate(sources=["another"])  # its own sources must now be asked for
+        assert text_of(cache.lookup(*asked)) == "28 days"
+        cache.cache.invalidate(sources=["doc"])
+        assert cache.lookup(*asked) is None
+        assert seen[-1].reasons == ("no_candidate",)
+        cache.update(*asked, answered)
+        assert text_of(cache.lookup(*asked)) == "28 days"
+        assert seen[-1].record.src
+        later = time.time_ns() + 10**9 * 10**9
+        monkeypatch.setattr(time, "time_ns", lambda: later)
+        assert cache.lookup(*asked) is None
+        monkeypatch.undo()
+        with aegis_scope(cache="refresh"):
+            assert cache.lookup(*asked) is None
+        assert seen[-1].reasons == ("refresh",)
+        cache.update(*asked, chat("21 days"))
+        assert text_of(cache.lookup(*asked)) == "21 days"
+    assert seen[-1].tier == "exact"
+    assert cache.cache.stats().rejected == 0
+
+
 def test_a_paraphrase_hits_by_meaning_and_another_question_does_not(make_cache):
     cache = make_cache()
     cache.update(prompt("How long may I keep a book?"), MODEL, chat("28 days"))
