@@ -330,6 +330,7 @@ def test_nothing_that_a_user_typed_or_a_secret_stands_in_redis(make_cache, redis
     cache = make_cache()
     with aegis_scope(tenant="canary-tenant", user="canary-user", sources=["canary-source"]):
         cache.update(prompt("Where does the canary sing?"), MODEL, chat("In its cage"))
+    assert stats_of(cache.cache).stored == 1
     with redis.Redis.from_url(redis_url) as client:
         names = list(client.scan_iter(f"{cache.cache.settings.namespace}:*"))
         entry = next(n for n in names if b":e:" in n)
