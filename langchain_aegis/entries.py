@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -24,6 +23,7 @@ from pydantic import BaseModel
 
 from langchain_aegis.cut_answers import rests_on_a_part
 from langchain_aegis.messages import dumps, loads
+from langchain_aegis.nonces import nonces
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -326,7 +326,7 @@ def _revived_message(item: dict[str, Any], marks: Mapping[str, Any] | None) -> A
             metadata["aegis_cache"]["generation_s"] = round(took_ns / 1e9, 3)
     content, calls, extra, usage = item["content"], item["tool_calls"], item["extra"], _complete_usage(item["usage"])
     # A new id per hit: with the old one, LangGraph's add_messages would replace the earlier message.
-    identity = f"aegis-{os.urandom(16).hex()}"
+    identity = f"aegis-{nonces.draw().hex()}"
     if type(content) is not str or calls or extra:
         return AIMessage(
             content=content, id=identity, name=item["name"],

@@ -10,7 +10,10 @@ import base64
 import binascii
 import hashlib
 import hmac
-import secrets
+from functools import lru_cache
+from typing import Any
+
+from langchain_aegis.nonces import nonces
 
 _DIGEST = 16  # bytes of an exact key
 _NONCE = 6  # two hits never have the same id
@@ -20,7 +23,7 @@ _SIZE = 2 * _DIGEST + _NONCE + _MAC
 
 def lookup_id(mac_key: bytes, asked: str, served: str) -> str:
     """Return a new id of the hit that answered `asked` with the entry `served`; both exact keys, 32 hex characters."""
-    body = bytes.fromhex(asked) + bytes.fromhex(served) + secrets.token_bytes(_NONCE)
+    body = bytes.fromhex(asked + served) + nonces.draw()[:_NONCE]
     return base64.urlsafe_b64encode(body + _mac(mac_key, body)).decode()
 
 
@@ -37,4 +40,13 @@ def read_lookup_id(mac_key: bytes, text: str) -> tuple[str, str] | None:
 
 
 def _mac(mac_key: bytes, body: bytes) -> bytes:
-    return hashlib.blake2b(body, key=mac_key, digest_size=_MAC, person=b"aegis-lookup-v1").digest()
+    digest = _keyed(mac_key).copy()
+    digest.update(body)
+    mac: bytes = digest.digest()
+    return mac
+
+
+@lru_cache(maxsize=8)
+def _keyed(mac_key: bytes) -> Any:
+    """Return the digest that has taken in the key."""
+    return hashlib.blake2b(key=mac_key, digest_size=_MAC, person=b"aegis-lookup-v1")

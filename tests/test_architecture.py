@@ -17,7 +17,7 @@ ROOT = Path(langchain_aegis.__file__).parent
 # and under TYPE_CHECKING count too.
 ORDER = [
     "errors", "settings", "home", "notices", "nesting", "scope", "stamps", "loops", "breaker", "flows", "forks",
-    "cut_answers",
+    "nonces", "cut_answers",
     "_compat", "tuning", "messages", "lexicon", "tokens", "profiles", "verification", "tasks", "questions", "identity",
     "options", "chunks", "model_parts", "keys",
     "entries", "answers", "replays", "hits", "vectors",
