@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 from langchain_core.messages import BaseMessage
@@ -303,7 +303,7 @@ class Updates:
         if self._tenant_missing(tenant is not None):
             return "no_tenant"
         self._seen_tenant = self._seen_tenant or tenant is not None
-        return Who(tenant=tenant, user=user, task=scope.task)
+        return _whose(tenant, user, scope.task)
 
     def _tenant_missing(self, tenanted: bool) -> bool:
         required = self.options.require_tenant
@@ -426,6 +426,11 @@ class Updates:
 def _is_stale(messages: Sequence[BaseMessage]) -> str | None:
     """Return a reason code if an answer is an old one of a cache itself: as a new one it would live on."""
     return "stale" if any((was_cached(message) or {}).get("stale") for message in messages) else None
+
+
+@lru_cache(maxsize=256)
+def _whose(tenant: str | None, user: str | None, task: str | None) -> Who:
+    return Who(tenant=tenant, user=user, task=task)
 
 
 def now_ms() -> int:

@@ -26,12 +26,6 @@ DRAIN_S: Final = 1.0
 _LINGER_S: Final = 0.003  # so long who leaves a note has the interpreter for himself: he is about to answer
 
 
-def _promise() -> Future[None]:
-    promise: Future[None] = Future()
-    promise.set_running_or_notify_cancel()  # who stops waiting for it does not stop it
-    return promise
-
-
 @dataclass(slots=True, eq=False)
 class Write:
     """An answer on its way.
@@ -42,7 +36,8 @@ class Write:
         scope: The scope, or "".
         size: Bytes of the answer.
         place: The namespace.
-        done: Resolved when it is over, whatever came of it.
+        done: Resolved when it is over, whatever came of it; made when somebody asks for it.
+        over: Whether it is.
     """
 
     do: Callable[[], object]
@@ -50,8 +45,24 @@ class Write:
     scope: str
     size: int
     place: str
-    done: Future[None] = field(default_factory=_promise)
+    done: Future[None] | None = None
+    over: bool = False
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
+
+    def promise(self) -> Future[None]:
+        """Return what is resolved when it is over. The writer's lock guards this, and `end`."""
+        if self.done is None:
+            self.done = Future()
+            self.done.set_running_or_notify_cancel()  # who stops waiting for it does not stop it
+            if self.over:
+                self.done.set_result(None)
+        return self.done
+
+    def end(self) -> None:
+        """Say that it is over."""
+        self.over = True
+        if self.done is not None:
+            self.done.set_result(None)
 
 
 class Writer:
@@ -75,7 +86,7 @@ class Writer:
         with self._changed:
             if self._thread is None and not self._start():
                 self._do(write)
-                write.done.set_result(None)
+                write.end()
                 return
             self._queue.append(write)
             self._bytes += write.size
@@ -95,15 +106,18 @@ class Writer:
 
         Later writes are not waited for.
         """
-        write = self._latest.get(name) if name else None
-        return None if write is None else write.done
+        if not name or name not in self._latest:
+            return None
+        with self._changed:
+            write = self._latest.get(name)
+            return None if write is None else write.promise()
 
     def crowded(self) -> Future[None] | None:
         """Return what is resolved when there may be room for another write; None: there is room."""
         if len(self._queue) < MOST and self._bytes < MOST_BYTES:
             return None
         with self._changed:
-            return self._queue[0].done if self._queue else None
+            return self._queue[0].promise() if self._queue else None
 
     def drain(self, place: str | None = None, timeout_s: float = DRAIN_S) -> bool:
         """Wait until what is queued now, of one place or of all, is stored; returns whether it is."""
@@ -113,7 +127,7 @@ class Writer:
             return True
         until = time.monotonic() + timeout_s
         with self._changed:
-            return self._changed.wait_for(last.done.done, max(0.0, until - time.monotonic()))
+            return self._changed.wait_for(lambda: last.over, max(0.0, until - time.monotonic()))
 
     # -- the thread -----------------------------------------------------------------------------------------------
 
@@ -144,7 +158,7 @@ class Writer:
                 for name in (write.exact, write.scope):
                     if self._latest.get(name) is write:
                         del self._latest[name]
-                write.done.set_result(None)
+                write.end()
                 self._changed.notify_all()
             del write  # an idle thread keeps nobody's answer
 

@@ -245,7 +245,8 @@ def test_where_no_thread_can_be_started_it_is_done_at_once(monkeypatch):
     one = write(lambda: done.append(1))
     writer.put(one)
     assert done == [1]
-    assert one.done.done()
+    assert one.over
+    assert one.promise().done()
 
 
 @pytest.mark.parametrize("awaited", [False, True])
