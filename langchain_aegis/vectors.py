@@ -57,6 +57,8 @@ def similarities(query: bytes, stored: Sequence[bytes]) -> list[float]:
     Computed here, from signed bytes, rather than taken from the server.
     """
     if (np := _numpy(len(stored))) is not None:
+        if len(stored) == 1:  # most hits: without the matrix it takes half the time
+            return [_one_similarity(np, query, stored[0])]
         q = np.frombuffer(query, dtype="<f2").astype(np.float32)
         q_length = float(np.sqrt(q @ q))
         rows = [s if len(s) == len(query) else b"\x00\x7e" * (len(query) // 2) for s in stored]  # 0x7e00 is NaN
@@ -67,6 +69,15 @@ def similarities(query: bytes, stored: Sequence[bytes]) -> list[float]:
             result: list[float] = (matrix @ q / (np.sqrt(np.einsum("ij,ij->i", matrix, matrix)) * q_length)).tolist()
         return result
     return [_similarity(query, s) for s in stored]
+
+
+def _one_similarity(np: Any, query: bytes, stored: bytes) -> float:
+    if len(stored) != len(query) or len(query) % 2:
+        return math.nan
+    a, b = np.frombuffer(query + stored, dtype="<f2").astype(np.float32).reshape(2, -1)
+    with np.errstate(all="ignore"):
+        length = math.sqrt(float(a.dot(a)) * float(b.dot(b)))
+        return float(a.dot(b)) / length if length else math.nan
 
 
 def _similarity(query: bytes, stored: bytes) -> float:

@@ -44,6 +44,19 @@ def test_other_lengths_and_stored_nan_are_no_number():
         assert math.isnan(similarities(query, [stored])[0])
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_stored_vector_that_is_no_direction_is_no_number_alone_or_among_others():
+    query, infinite = pack([3.0, 4.0]), b"\x00\x7c\x00\xfc"
+    for stored in ([infinite], [infinite, query], [b"\x00" * 4], [query[:2]], [b"odd"]):
+        assert math.isnan(similarities(query, stored)[0])
+
+
+def test_a_vector_is_as_similar_alone_as_among_others():
+    packed = [pack(v) for v in SAMPLE]
+    alone = [similarities(packed[0], [other])[0] for other in packed]
+    assert alone == pytest.approx(similarities(packed[0], packed), abs=1e-6)
+
+
 def test_numpy_that_another_thread_still_imports_is_left_alone(monkeypatch):
     half = types.ModuleType("numpy")
     half.__spec__ = types.SimpleNamespace(_initializing=True)
