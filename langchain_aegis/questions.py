@@ -85,6 +85,9 @@ def find_question(
     """
     if given is not None:
         return _given(last, others, given.strip(), max_chars)
+    if _SIGN.search(last) is None:  # there is neither a label nor a tag
+        whole = _span(last, 0, len(last), max_chars)
+        return NoQuestion("no_question") if isinstance(whole, Question) and _BLANK_LINE.search(whole.text) else whole
     marks = _marks(labels)
     found = [match.end() for match in marks.question.finditer(last)]
     tagged = list(marks.tag.finditer(last))
@@ -136,6 +139,7 @@ def _span(last: str, start: int, end: int, max_chars: int) -> Question | NoQuest
 
 
 _BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
+_SIGN = re.compile(r"[<:#*_]")  # every label and every tag has one
 _ANY_TAG = re.compile(r"</?[A-Za-z][\w-]*(?:\s[^<>]*)?>")
 
 
@@ -255,6 +259,9 @@ def _is_keywords(text: str, rules: _Rules) -> bool:
 
 
 def _is_volatile(text: str, rules: _Rules) -> bool:
+    # Beyond ASCII, letters have more forms than lower case tells: the patterns decide there.
+    if text.isascii() and rules.volatile_words.isdisjoint(_WORD.findall(text.lower())):
+        return False
     text = rules.harmless.sub(" ", text)
     if _HOW_TO.match(text):
         text = _UPGRADE.sub(" ", text)
@@ -267,6 +274,7 @@ _HOW_TO = re.compile(
 _UPGRADE = re.compile(
     r"\b(?:latest|newest|neueste\w*|aktuell\w*)\s+(?:\w+\s+)?(?:version|update|release|firmware)\b", re.I
 )
+_WORD = re.compile(r"\w+")
 _PUNCTUATION = re.compile(r"[.,;:!()<>\"“”„\n]")
 
 
@@ -291,6 +299,12 @@ class _Rules:
     lower: re.Pattern[str]
     current: re.Pattern[str]
     harmless: re.Pattern[str]
+    volatile_words: frozenset[str]
+
+
+def _first_words(text: str) -> frozenset[str]:
+    """Return the first words, in lower case, of phrases as `any_of` matches them: a match has one of them in it."""
+    return frozenset(_WORD.findall(phrase.replace("_", " ").lower())[0] for phrase in text.split())
 
 
 @cache
@@ -318,4 +332,5 @@ def _rules() -> _Rules:
         lower=any_of(volatile["lower"], flags=0),
         current=re.compile(rf"\bcurrent\b(?!\s+(?:{_either(volatile['current'].split())})\b)", re.I),
         harmless=any_of(volatile["harmless"]),
+        volatile_words=_first_words(f"{volatile['words']} {volatile['lower']} current"),
     )

@@ -18,6 +18,7 @@ Rules = dict[str, re.Pattern[str]]
 Exchange = tuple[str, str]  # what a human said earlier, and the reply
 
 _SENTENCE = re.compile(r"(?<=[.!?;])[\"')]*\s+|\n+|(?<=\w\.)(?=[A-Z][a-z])")
+_STOP = re.compile(r"[.!?;](?!\Z)|\n")  # without one there is one sentence
 _LABEL_WORDS = 3  # words; a label, not an answer
 _LONG_QUOTE = r"(?:[\"“„«](?:[^\"“”„«»\n]{1,400})[\"”“»]|(?<!\w)['‘‚](?:[^'\n]|(?<=\w)'(?=\w)){1,400}['’‘](?!\w))"
 
@@ -62,7 +63,8 @@ def _tells_work(part: str) -> bool:
 def is_payload(text: str) -> bool:
     """Return whether a message itself says what to do with a text, quotes the text, or is program text."""
     rules = _rules()
-    if _CODE.search(text) or _ARROW.search(text) or any(_is_ordered(part, rules) for part in _SENTENCE.split(text)):
+    parts = _SENTENCE.split(text) if _STOP.search(text) else (text,)
+    if _CODE.search(text) or _ARROW.search(text) or any(_is_ordered(part, rules) for part in parts):
         return True
     if any(
         rules[name].search(text) for name in ("these_texts", "choice_alone", "made", "head_of_task", "language_tail")
@@ -78,7 +80,7 @@ def is_payload(text: str) -> bool:
         and not _TIME.search(text)
     ):
         return True
-    if (quote := _QUOTE.search(text)) and (
+    if (quote := _QUOTE.search(text) if _MARK.search(text) else None) and (
         len(quote.group(0).split()) >= 4 or quote.group(0)[-2] in ".?!" or rules["cited"].search(text)
     ):
         return True
@@ -328,6 +330,7 @@ _OPENED = re.compile(r"<([A-Za-zÄÖÜäöü_]{1,30})>\s*$")
 _LAST_LABEL = re.compile(r"[.?!]\s+([A-ZÄÖÜ][\w-]*:)$")
 _TAG = re.compile(r"</?[A-Za-z][\w-]{0,30}>")
 _QUOTE = re.compile(_LONG_QUOTE)
+_MARK = re.compile("[\"“„«'‘‚]")  # begins a quote
 _ARROW = re.compile(r"\s(?:->|=>|→|⇒)\s")
 _TIME = re.compile(r"^[^:]*\d:\d")
 # A line of a prompt that begins anew: a label, a heading, a tag, a rule.

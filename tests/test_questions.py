@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import langchain_aegis
 from langchain_aegis.questions import LABELS, Labels, NoQuestion, Question, exact_only_reason, find_question
 
 PIECES = st.sampled_from(
@@ -204,6 +208,19 @@ def test_payloads_and_remarks_are_not_questions(text: str) -> None:
 )
 def test_what_changes_from_hour_to_hour_is_volatile(text: str) -> None:
     assert exact_only_reason(text) == "volatile"
+
+
+DATA = Path(langchain_aegis.__file__).parent / "data" / "questions.toml"
+
+
+def test_every_volatile_phrase_is_seen_in_any_case_and_in_every_place() -> None:
+    told = tomllib.loads(DATA.read_text("utf-8"))["volatile"]
+    phrases = [phrase.replace("_", " ") for phrase in told["words"].split()]
+    assert len(phrases) > 50
+    for phrase in [*phrases, "current"]:
+        for text in (f"Is it {phrase}?", f"Is it {phrase.upper()}, or not?", f"Ist es ({phrase.title()}) größer?"):
+            assert exact_only_reason(text) == "volatile", text
+    assert exact_only_reason("Fährt der Zug morgen?") == exact_only_reason("Kommt er morgen?") == "volatile"
 
 
 @pytest.mark.parametrize(
