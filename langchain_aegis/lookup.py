@@ -144,7 +144,7 @@ class Lookup:
         vector: The question's vector as it is stored, or b"".
         embedder: Id of the embedder that made it, or "".
         late: A future of a vector that came too late for the lookup; the update may still use it.
-        profile: The question's profile, or None.
+        profile_key: Keys the words in the question's profile; None without a vector.
         min_similarity: The lowest cosine that is served with this embedder; 0.0 while it is not known.
         stale: An exact repeat's answer that is too old to be served.
         shadowed: An answer that would have been served, and is compared with the model's instead.
@@ -165,7 +165,7 @@ class Lookup:
     vector: bytes = b""
     embedder: str = ""
     late: Any = None
-    profile: Profile | None = None
+    profile_key: bytes | None = None
     min_similarity: float = 0.0
     stale: Record | None = None
     shadowed: Record | None = None
@@ -174,6 +174,17 @@ class Lookup:
     began_ms: int = 0
     started: float = field(default_factory=time.perf_counter)
     asked_s: float = 0.0
+    _profile: Profile | None = None
+
+    @property
+    def profile(self) -> Profile | None:
+        """The question's profile, or None if it has no vector; made when it is first asked for.
+
+        Most lookups that miss compare nothing. Then it is made where the answer is stored, in the background.
+        """
+        if self._profile is None and self.profile_key is not None:
+            self._profile = profile(self.key.question or "", key=self.profile_key)
+        return self._profile
 
 
 @dataclass(slots=True)
@@ -356,7 +367,7 @@ def _alone(found: Lookup, store: Store, policy: Policy, now_ms: Callable[[], int
 
 
 def embed(found: Lookup, policy: Policy, profile_key: bytes) -> Flow[None]:
-    """Fill in the question's vector and profile."""
+    """Fill in the question's vector, and what its profile is made with."""
     assert found.key.question is not None  # noqa: S101  # the caller has looked
     try:
         vector = pack((yield Embed(found.key.question)))
@@ -367,14 +378,14 @@ def embed(found: Lookup, policy: Policy, profile_key: bytes) -> Flow[None]:
 
 
 def take_vector(found: Lookup, vector: bytes | None, policy: Policy, profile_key: bytes) -> None:
-    """Note a vector, and the profile that is stored with it."""
+    """Note a vector, and what the profile that is stored with it is made with."""
     if vector is None:
         found.reasons = ("bad_vector",)
         return
     name, found.min_similarity = policy.embedder()
     found.vector = vector
     found.embedder = embedder_id(name, len(vector) // 2)
-    found.profile = profile(found.key.question or "", key=profile_key)
+    found.profile_key = profile_key
 
 
 def judge(

@@ -12,7 +12,7 @@ from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, SystemMessage
 from langchain_core.outputs import ChatGeneration, Generation
 
-from langchain_aegis import AegisSemanticCache, Answer, aegis_scope, aegis_sources, was_cached
+from langchain_aegis import AegisSemanticCache, Answer, aegis_scope, aegis_sources, lookup, was_cached
 from langchain_aegis.errors import AegisConfigError, AegisConnectionError
 from langchain_aegis.notices import forget_warnings
 from langchain_aegis.settings import AegisSettings
@@ -90,6 +90,23 @@ def test_a_paraphrase_hits_by_meaning_and_another_question_does_not(make_cache):
     (hit,) = cache.lookup(prompt("How long can I keep a book?"), MODEL)
     assert (hit.text, was_cached(hit.message)["tier"]) == ("28 days", "semantic")
     assert cache.lookup(prompt("What does a reader card cost?"), MODEL) is None
+
+
+def test_only_where_something_is_near_the_words_of_a_question_are_read_by_its_lookup(make_cache, monkeypatch):
+    read, seen = [], []
+    made = lookup.profile
+    monkeypatch.setattr(lookup, "profile", lambda text, **key: read.append(text) or made(text, **key))
+    cache = make_cache(on_lookup=seen.append)
+    far, near = "What does a reader card cost?", "How long can I keep a book?"
+    cache.update(prompt("How long may I keep a book?"), MODEL, chat("28 days"))
+    assert cache.lookup(prompt(near), MODEL) is not None
+    assert read[-1] == near
+    read.clear()
+    assert cache.lookup(prompt(far), MODEL) is None
+    assert (seen[-1].reasons, read) == (("below_threshold",), [])
+    cache.update(prompt(far), MODEL, chat("5 euros"))
+    assert text_of(cache.lookup(prompt("What does the reader card cost?"), MODEL)) == "5 euros"
+    assert read.count(far) == 1
 
 
 def test_a_guard_stops_a_near_question_and_says_so(make_cache):
