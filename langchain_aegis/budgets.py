@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
 import contextvars
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from concurrent.futures import Future, InvalidStateError
+from typing import Any, Generic, TypeVar
 
 from langchain_aegis.breaker import Breaker, Unavailable
 from langchain_aegis.errors import AegisError
@@ -45,13 +48,12 @@ class Budget:
             Unavailable: The breaker is open, `work` failed, or it needs longer; its `late` is then a future.
         """
         self._check()
-        future = self._submit(work)
+        errand = _Errand(work)
+        self._start(errand)
         try:
-            return self._done(future.result(self.seconds))
-        except TimeoutError as exc:
-            if future.done():
-                raise self._failed(exc) from exc
-            raise self._late(future) from exc
+            return self._done(errand.result(self.seconds))
+        except _Late as exc:
+            raise self._late(exc.future) from None
         except (Exception, asyncio.CancelledError) as exc:  # these parts raise what they like
             raise self._failed(exc) from exc
 
@@ -63,11 +65,13 @@ class Budget:
     async def arun_blocking(self, work: Callable[[], T]) -> T:
         """Like `run` without blocking the event loop."""
         self._check()
-        return await self._within(asyncio.wrap_future(self._submit(work)))
+        future: Future[T] = Future()
+        self._start(_Errand(work, future))
+        return await self._within(asyncio.wrap_future(future))
 
-    def _submit(self, work: Callable[[], T]) -> Future[T]:
+    def _start(self, errand: _Errand[Any]) -> None:
         try:
-            return _workers(self._name).submit(contextvars.copy_context().run, work)
+            _workers(self._name).start(errand)
         except RuntimeError as exc:  # the interpreter is about to end
             raise self._failed(exc) from exc
 
@@ -110,20 +114,157 @@ class Budget:
         return Unavailable(self._down)
 
 
-_pools: dict[str, ThreadPoolExecutor] = {}
+class _Errand(Generic[T]):
+    """A piece of work that a thread does while somebody waits for it, for a while.
+
+    Args:
+        work: What is done, with the context of whoever makes this.
+        future: Told what comes of it, too; cancelled before the work begins, nothing is done.
+    """
+
+    __slots__ = ("_context", "_error", "_future", "_guard", "_over", "_result", "_work")
+
+    def __init__(self, work: Callable[[], T], future: Future[T] | None = None) -> None:
+        self._context = contextvars.copy_context()
+        self._work = work
+        self._future = future
+        self._guard = threading.Lock()  # held while it is said who is told
+        self._over = threading.Lock()  # held until there is a result
+        self._over.acquire()
+        self._result: T | None = None
+        self._error: BaseException | None = None
+
+    def do(self) -> None:
+        """Do the work; never raises."""
+        if self._future is not None and not self._future.set_running_or_notify_cancel():
+            return
+        try:
+            self._result = self._context.run(self._work)
+        except BaseException as exc:  # whoever waits decides what it means
+            self._error = exc
+        with self._guard:
+            self._over.release()
+            future = self._future
+        if future is not None:
+            self._tell(future)
+
+    def result(self, seconds: float) -> T:
+        """Return what the work has returned, or raise what it has raised. Raises Late."""
+        if not self._over.acquire(timeout=seconds):
+            with self._guard:
+                if not self._over.acquire(blocking=False):
+                    self._future = Future()
+                    raise _Late(self._future)
+        if self._error is not None:
+            raise self._error
+        return self._result  # type: ignore[return-value]  # there is one where there is no error
+
+    def _tell(self, future: Future[T]) -> None:
+        with contextlib.suppress(InvalidStateError):  # it was given up meanwhile
+            if self._error is not None:
+                future.set_exception(self._error)
+            else:
+                future.set_result(self._result)  # type: ignore[arg-type]  # as in `result`
+
+
+class _Late(Exception):
+    """Nobody waits any longer; the future still gets the result."""
+
+    def __init__(self, future: Future[Any]) -> None:
+        super().__init__()
+        self.future = future
+
+
+class _Workers:
+    """A few threads of one part.
+
+    An errand is handed to the thread that was used last, by a lock that this one waits for: that takes two thirds of
+    the time that a ThreadPoolExecutor's queue and future take. Asking a quick embedder in the caller's own thread would
+    take less, but the one call that hangs, be it once in a million, would then not end with its budget.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._changed = threading.Condition(threading.Lock())
+        self._free: list[_Worker] = []
+        self._waiting: deque[_Errand[Any]] = deque()
+        self._count = 0
+        self._closed = False
+
+    def start(self, errand: _Errand[Any]) -> None:
+        """Have an errand done, at once if a thread is free. Raises RuntimeError if the interpreter is about to end."""
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the interpreter is about to end")
+            if self._free:
+                self._free.pop().give(errand)
+            elif self._count < _WORKERS:
+                _Worker(self, errand, f"aegis-{self._name}_{self._count}").start()
+                self._count += 1
+            else:
+                self._waiting.append(errand)
+
+    def next(self, worker: _Worker) -> _Errand[Any] | None:
+        """Return what a thread is to do next; None: it waits to be given something."""
+        with self._changed:
+            if self._waiting:
+                return self._waiting.popleft()
+            self._free.append(worker)
+            if self._closed:
+                self._changed.notify_all()
+            return None
+
+    def close(self) -> None:
+        """Wait until all errands are done; then there are no more."""
+        with self._changed:
+            self._closed = True
+            self._changed.wait_for(lambda: len(self._free) == self._count)
+
+
+class _Worker(threading.Thread):
+    """Does one errand after another."""
+
+    def __init__(self, workers: _Workers, first: _Errand[Any], name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self._workers = workers
+        self._errand: _Errand[Any] | None = first  # what was given and is not begun
+        self._wanted = threading.Lock()
+        self._wanted.acquire()
+
+    def give(self, errand: _Errand[Any]) -> None:
+        """Give an errand to a thread that waits."""
+        self._errand = errand
+        self._wanted.release()
+
+    def run(self) -> None:
+        """Do what is given; never ends by itself."""
+        errand, self._errand = self._errand, None
+        while True:
+            if errand is not None:
+                errand.do()
+            errand = self._workers.next(self)
+            if errand is None:  # an idle thread keeps nobody's question
+                self._wanted.acquire()  # released once each time that it is given one
+                errand, self._errand = self._errand, None
+
+
+_pools: dict[str, _Workers] = {}
 _pools_lock = threading.Lock()
 
 
-def _workers(name: str) -> ThreadPoolExecutor:
-    """The threads of one part.
-
-    Joined at exit: a native library that still computes in a daemon thread aborts a process that ends.
-    """
+def _workers(name: str) -> _Workers:
+    """The threads of one part."""
     if (pool := _pools.get(name)) is None:
         with _pools_lock:
-            if (pool := _pools.get(name)) is None:
-                pool = _pools[name] = ThreadPoolExecutor(_WORKERS, thread_name_prefix=f"aegis-{name}")
+            pool = _pools.setdefault(name, _Workers(name))
     return pool
+
+
+@atexit.register
+def _close() -> None:
+    """Wait for the threads: a native library that still computes in one aborts a process that ends."""
+    for pool in list(_pools.values()):
+        pool.close()
 
 
 def _forget_after_fork() -> None:

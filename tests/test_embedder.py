@@ -1,13 +1,18 @@
 """An embedder that only blocks is asked in threads of its own."""
 
 import asyncio
+import gc
+import subprocess
+import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 
 import pytest
 from langchain_core.embeddings import Embeddings
 
+from langchain_aegis import budgets
 from langchain_aegis.breaker import Unavailable
 from langchain_aegis.embedder import Embedder
 
@@ -71,3 +76,122 @@ async def test_a_late_vector_can_still_be_had():
     assert not caught.value.late.done()
     free.set()
     assert await caught.value.late == [3.0]
+
+
+def test_a_late_vector_can_still_be_had_by_who_blocks():
+    free = threading.Event()
+    with pytest.raises(Unavailable, match="embedder_slow") as caught:
+        embedder(Blocking(lambda: free.wait(20) and [3.0]), budget_s=0.01).embed("x")
+    assert not caught.value.late.done()
+    free.set()
+    assert caught.value.late.result(20) == [3.0]
+
+
+def test_what_an_embedder_raises_late_is_told_late():
+    free = threading.Event()
+    with pytest.raises(Unavailable, match="embedder_slow") as caught:
+        embedder(Blocking(lambda: free.wait(20) and 1 / 0), budget_s=0.01).embed("x")
+    free.set()
+    assert isinstance(caught.value.late.exception(20), ZeroDivisionError)
+
+
+@pytest.mark.parametrize("error", [TimeoutError, StopIteration, ValueError])
+def test_what_an_embedder_raises_is_a_fault_for_who_blocks(error):
+    def answer():
+        raise error
+
+    with pytest.raises(Unavailable, match="embedder_down"):
+        embedder(Blocking(answer)).embed("x")
+
+
+def test_many_callers_get_their_own_vectors_from_a_few_threads():
+    used, barrier = set(), threading.Barrier(32)
+
+    class Numbers(Blocking):
+        def embed_query(self, text):
+            used.add(threading.current_thread())
+            return [float(text)]
+
+    numbers, wrong = Numbers(list), []
+    del numbers.embed_query
+    asked = embedder(numbers)
+
+    def ask(at):
+        barrier.wait(20)
+        texts = [f"{at}.{i:03}" for i in range(200)]
+        wrong.extend(text for text in texts if asked.embed(text) != [float(text)])
+
+    threads = [threading.Thread(target=ask, args=(at,)) for at in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not wrong
+    assert len(used) <= 8
+
+
+def test_what_hangs_costs_its_thread_and_not_the_others_their_answers():
+    free = threading.Event()
+    hanging, quick = embedder(Blocking(lambda: free.wait(60) and [1.0]), 0.01), embedder(Blocking(lambda: [2.0]))
+    late = []
+    for _ in range(4):  # fewer than open the breaker
+        with pytest.raises(Unavailable, match="embedder_slow") as caught:
+            hanging.embed("x")
+        late.append(caught.value.late)
+    assert quick.embed("x") == [2.0]
+    free.set()
+    assert [vector.result(20) for vector in late] == [[1.0]] * 4
+
+
+def test_while_all_threads_hang_the_next_call_waits_for_its_turn():
+    free = threading.Event()
+    workers = budgets._Workers("hang")
+    hanging = [budgets._Errand(free.wait) for _ in range(8)]
+    for errand in hanging:
+        workers.start(errand)
+    last, dropped = budgets._Errand(lambda: "done"), budgets.Future()
+    workers.start(last)
+    workers.start(budgets._Errand(lambda: "never", dropped))
+    assert dropped.cancel()
+    free.set()
+    assert last.result(20) == "done"
+    workers.close()
+    assert [errand.result(0) for errand in hanging] == [True] * 8
+    with pytest.raises(RuntimeError):
+        workers.start(last)
+
+
+def test_an_idle_thread_keeps_no_question():
+    class Text(str):
+        pass
+
+    text = Text("x")
+    kept = weakref.ref(text)
+    assert embedder(Blocking(lambda: [1.0])).embed(text) == [1.0]
+    assert budgets._workers("embed") is budgets._workers("embed")
+    assert embedder(Blocking(lambda: [2.0])).embed("y") == [2.0]  # the same thread: it has let go of the first
+    del text
+    gc.collect()
+    assert kept() is None
+
+
+def test_a_process_that_ends_waits_for_an_embedder_that_still_computes():
+    program = """
+import threading, time
+from langchain_aegis.breaker import Unavailable
+from langchain_aegis.budgets import Budget
+begun = threading.Event()
+def work():
+    begun.set()
+    time.sleep(0.3)
+    print("computed", flush=True)
+budget = Budget(0.01, name="embed", slow="slow", down="down", slow_notice="", down_notice="")
+try:
+    budget.run(work)
+except Unavailable as late:
+    print(late.reason, flush=True)
+begun.wait(20)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout.split() == ["slow", "computed"]
