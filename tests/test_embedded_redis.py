@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import os
+import shlex
 import signal
 import stat
 import subprocess
@@ -384,6 +385,38 @@ def test_damaged_data_is_moved_aside_with_one_warning(content, home, client, cap
     assert len(warned) == 1
     assert "aof.damaged" in warned[0]
     assert (home / "redis" / "aof.damaged" / manifest.name).read_bytes() == content
+
+
+@pytest.fixture
+def slow_to_load(home, monkeypatch, client):
+    """An EmbeddedRedis whose saved data takes about 3 s to be read, three times as long as a start may take."""
+    program = home / "slow-redis"
+    real = embedded_redis._server_program(None)
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(real)} "$@" --key-load-delay 300\n')
+    program.chmod(0o700)
+    with EmbeddedRedis(server=program, search=False) as server:
+        pipe = client(server.url).pipeline(transaction=False)
+        for number in range(10_000):  # DEBUG POPULATE is not in the log
+            pipe.set(f"k{number}", "v")
+        pipe.execute()
+    monkeypatch.setattr(embedded_redis, "_START_TIMEOUT_S", 1.0)
+    return EmbeddedRedis(server=program, search=False)
+
+
+def test_a_server_that_reads_much_data_is_waited_for(slow_to_load, client, caplog):
+    with caplog.at_level(logging.WARNING, "langchain_aegis"), slow_to_load as server:
+        assert client(server.url).dbsize() == 10_000
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "langchain_aegis"]
+    assert "still reads its saved data" in said
+    assert "300 s" in said
+
+
+def test_a_server_that_reads_data_too_long_says_where_it_is(slow_to_load, home, monkeypatch):
+    monkeypatch.setattr(embedded_redis, "_LOADING_TIMEOUT_S", 1.5)
+    with pytest.raises(AegisConnectionError, match=r"still read its data after 1\.5 s") as caught:
+        slow_to_load.start()
+    (data,) = home.glob("redis-*/aof")  # nothing was moved or lost
+    assert f"its data is in {data}: move that away, or delete it" in str(caught.value)
 
 
 def test_what_was_removed_before_a_crash_stays_removed(home, client):

@@ -38,6 +38,7 @@ _logger = logging.getLogger("langchain_aegis")
 
 _MAX_SOCKET_BYTES = 100  # the kernels' limit is 104 or 108
 _MAX_NAME_BYTES = 24
+_REMARK_S = 2.0  # a server that is busy for so long is worth a line in the log
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,13 @@ class ReadySocket:
         path: The socket. It is the server's address: `{"socket": path}`.
         send: Sent after connecting, if not empty.
         expect: How the answer to `send` must begin.
+        busy: How it begins while the server still reads its data, if not empty: then it is waited for longer.
     """
 
     path: str
     send: str = ""
     expect: str = ""
+    busy: str = ""
     kind: Literal["socket"] = field(default="socket", init=False)
 
 
@@ -93,6 +96,7 @@ class SharedServer:
         ready: How to see that the server is up.
         address: Merged into `ServerInfo.address`: what other processes need to know about the running server.
         timeout_s: How long the server may take to become ready.
+        busy_timeout_s: The same for one that says that it is busy (see `ReadySocket`); it is logged, once.
         grace_s: How long the server stays when the process that held the last lease ended without `release()`.
         stop_timeout_s: From SIGTERM to SIGKILL; 0 kills at once.
         spare: Files to move aside (as `<file>.damaged`) if the server ends while it starts, before one more try.
@@ -109,6 +113,7 @@ class SharedServer:
         env: Mapping[str, str] | None = None,
         address: Mapping[str, Any] | None = None,
         timeout_s: float = 60.0,
+        busy_timeout_s: float = 300.0,
         grace_s: float = 0.5,
         stop_timeout_s: float = 4.0,
         spare: Sequence[Path] = (),
@@ -118,6 +123,7 @@ class SharedServer:
         self.home = aegis_home(AegisSettings(home=str(home))).resolve()
         self._env = dict(env or {})
         self._timeout_s = timeout_s
+        self._spare = [str(path) for path in spare]
         self._lock_path = self.home / f"{name}.lock"
         self._log_path = self.home / f"{name}.log"
         self._order = {
@@ -128,9 +134,10 @@ class SharedServer:
             "ready": asdict(ready),
             "address": dict(address or {}),
             "timeout_s": timeout_s,
+            "busy_timeout_s": max(timeout_s, busy_timeout_s),
             "grace_s": grace_s,
             "stop_timeout_s": stop_timeout_s,
-            "spare": [str(path) for path in spare],
+            "spare": self._spare,
             "remove": str(self.home) if remove_home else None,
         }
         self._lease: _Lease | None = None
@@ -263,13 +270,32 @@ class SharedServer:
 
     def _lease_from(self, connection: socket.socket, deadline: float) -> _Lease | None:
         """Wait for the keeper's answer; None if it ends without one."""
-        line = b""
-        while not line.endswith(b"\n"):
-            connection.settimeout(max(0.1, deadline - time.monotonic()))
-            if not (chunk := connection.recv(65536)):
-                return None
-            line += chunk
-        answer = json.loads(line)
+        received, remark_at = b"", float("inf")
+        while True:
+            while b"\n" not in received:
+                connection.settimeout(max(0.1, min(deadline, remark_at) - time.monotonic()))
+                try:
+                    chunk = connection.recv(65536)
+                except TimeoutError:
+                    if time.monotonic() < remark_at:
+                        raise
+                    remark_at = float("inf")
+                    _logger.warning(
+                        "The embedded %s still reads its saved data (%s); this is waited for, up to %g s",
+                        self.name,
+                        ", ".join(self._spare),
+                        self._order["busy_timeout_s"],
+                    )
+                    continue
+                if not chunk:
+                    return None
+                received += chunk
+            line, _, received = received.partition(b"\n")
+            answer = json.loads(line)
+            if "busy_s" not in answer:
+                break
+            deadline = time.monotonic() + answer["busy_s"] + 10.0
+            remark_at = time.monotonic() + _REMARK_S
         if reason := answer.get("error"):
             kind = AegisConfigError if answer.get("config") else AegisConnectionError
             raise kind(f"The embedded {self.name} did not start: {reason} (log: {self._log_path})")

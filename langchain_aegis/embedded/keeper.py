@@ -26,6 +26,7 @@ from typing import Any
 
 _LOG = 2  # the caller gave us the log as stderr
 _POLL_S = 0.005  # between two looks at a server that starts
+_BUSY_POLL_S = 0.05  # the same for one that said that it still reads its data
 
 
 class Keeper:
@@ -46,7 +47,9 @@ class Keeper:
         self._server: subprocess.Popen[bytes] | None = None
         self._lock = -1
         self._answer: dict[str, Any] | None = None  # known once the server is ready
-        self._deadline = 0.0
+        self._probe: socket.socket | None = None  # asks the server whether it is ready
+        self._began = self._deadline = 0.0
+        self._busy = False  # the server has said that it still reads its data
         self._output = b""
         self._moved: list[str] = []
         self._told_to_stop = False
@@ -82,6 +85,8 @@ class Keeper:
         self._selector.register(lease, selectors.EVENT_READ, lambda: self._on_lease(lease))
         if self._answer is not None:
             self._tell(lease, self._answer)
+        elif self._busy:
+            self._tell(lease, self._still_busy())
 
     def _on_lease(self, lease: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -162,7 +167,9 @@ class Keeper:
             self._tell_all({"error": f"it cannot be run: {exc}", "config": True})
             return
         self._note(self._server.pid)
-        self._deadline = time.monotonic() + self._order["timeout_s"]
+        self._began = time.monotonic()
+        self._deadline = self._began + self._order["timeout_s"]
+        self._busy = False
         if self._server.stdout is not None:
             os.set_blocking(self._server.stdout.fileno(), False)
             self._selector.register(self._server.stdout, selectors.EVENT_READ, self._on_output)
@@ -180,13 +187,12 @@ class Keeper:
 
     def _patience(self) -> float | None:
         """Return how long nothing needs to be looked at, in seconds."""
-        if self._answer is None and self._order["ready"]["kind"] == "socket":
-            return _POLL_S
-        if self._idle_until is not None:
-            return max(0.0, self._idle_until - time.monotonic())
+        ends = [] if self._idle_until is None else [self._idle_until]
         if self._answer is None:
-            return max(0.0, self._deadline - time.monotonic())
-        return None
+            ends.append(self._deadline)
+            if self._order["ready"]["kind"] == "socket" and self._probe is None:
+                ends.append(time.monotonic() + (_BUSY_POLL_S if self._busy else _POLL_S))
+        return max(0.0, min(ends) - time.monotonic()) if ends else None
 
     def _on_output(self) -> None:
         """Look for the address in what the server prints; all of it goes to the log, so that the pipe never fills."""
@@ -206,11 +212,55 @@ class Keeper:
                         return
 
     def _check_ready(self) -> None:
+        if self._order["ready"]["kind"] == "socket" and self._probe is None:
+            self._ask()
+        if self._answer is None and time.monotonic() > self._deadline:
+            waited_s = f"{self._order['busy_timeout_s' if self._busy else 'timeout_s']:g} s"
+            kept = " and ".join(path for path in self._order["spare"] if os.path.exists(path))
+            self._fail(
+                f"it still read its data after {waited_s}" if self._busy else f"it was not ready within {waited_s}",
+                f"; its data is in {kept}: move that away, or delete it, to start with nothing" if kept else "",
+            )
+
+    def _ask(self) -> None:
+        """Ask the server whether it is ready, without waiting for the answer: one that reads its data takes long."""
         ready = self._order["ready"]
-        if ready["kind"] == "socket" and _answers(ready["path"], ready["send"], ready["expect"]):
+        probe = socket.socket(socket.AF_UNIX)
+        probe.setblocking(False)
+        try:
+            probe.connect(ready["path"])
+            probe.sendall(ready["send"].encode())
+        except OSError:  # it does not listen yet
+            probe.close()
+            return
+        if not ready["send"]:
+            probe.close()
             self._on_ready({"socket": ready["path"]})
-        elif time.monotonic() > self._deadline:
-            self._fail(f"it was not ready within {self._order['timeout_s']:g} s")
+            return
+        self._probe = probe
+        self._selector.register(probe, selectors.EVENT_READ, self._on_probe)
+
+    def _on_probe(self) -> None:
+        assert self._probe is not None  # noqa: S101
+        ready, said = self._order["ready"], b""
+        with contextlib.suppress(OSError):
+            said = self._probe.recv(256)
+        self._drop_probe()
+        if said.startswith(ready["expect"].encode()):
+            self._on_ready({"socket": ready["path"]})
+        elif not self._busy and ready["busy"] and said.startswith(ready["busy"].encode()):
+            self._busy = True
+            self._deadline = self._began + self._order["busy_timeout_s"]
+            self._tell_all(self._still_busy())
+
+    def _drop_probe(self) -> None:
+        if self._probe is not None:
+            self._selector.unregister(self._probe)
+            self._probe.close()
+            self._probe = None
+
+    def _still_busy(self) -> dict[str, Any]:
+        return {"busy_s": max(0.0, self._deadline - time.monotonic())}
 
     def _on_ready(self, address: dict[str, Any]) -> None:
         assert self._server is not None  # noqa: S101
@@ -240,10 +290,10 @@ class Keeper:
                 os.replace(path, path.removesuffix(".damaged"))
             self._fail(f"it ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}")
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, remedy: str = "") -> None:
         with open(self._order["log"], errors="replace") as log:
             tail = " | ".join([line.strip() for line in log.read()[-4000:].splitlines() if line.strip()][-3:])
-        self._tell_all({"error": f"{reason}: {tail or 'it printed nothing'}"[:600]})
+        self._tell_all({"error": f"{reason}: {tail or 'it printed nothing'}"[:600] + remedy})
         self._told_to_stop = True
 
     def _stop(self) -> None:
@@ -267,6 +317,7 @@ class Keeper:
     def _let_go(self) -> None:
         """Kill what is left of the server and of its children."""
         assert self._server is not None  # noqa: S101
+        self._drop_probe()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._server.pid, signal.SIGKILL)
         self._server.wait()
@@ -278,18 +329,6 @@ class Keeper:
 
     def _on_terminate(self, *_: object) -> None:
         self._told_to_stop = True
-
-
-def _answers(path: str, send: str, expect: str) -> bool:
-    """Say whether something at `path` accepts a connection, or answers `send` with `expect`."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(0.2)
-        probe.connect(path)
-        if not send:
-            return True
-        probe.sendall(send.encode())
-        return probe.recv(256).startswith(expect.encode())
-    return False
 
 
 def _die_with_parent() -> Any:

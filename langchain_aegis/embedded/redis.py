@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _MODULES = ("redisearch.so", "rejson.so")
 _MAX_MEMORY = "512mb"
+_START_TIMEOUT_S = 30.0
+_LOADING_TIMEOUT_S = 300.0  # reading saved data makes its indexes again: 15,000 vectors took 27 s
 _INSTALL = "run: pip install 'langchain-aegis[embedded]'"
 
 
@@ -47,7 +49,7 @@ class EmbeddedRedis(EmbeddedServer):
         shared: False makes a server of its own, in a fresh directory that is deleted at the end, with nothing saved.
 
     Starting raises AegisConfigError if there is no server or no search module for this platform, or they are not
-    installed, and AegisConnectionError, which says why, if the server does not start.
+    installed, and AegisConnectionError, which says why, and where its data is, if the server does not start.
     """
 
     def __init__(
@@ -66,7 +68,10 @@ class EmbeddedRedis(EmbeddedServer):
 
     @property
     def url(self) -> str:
-        """Address for redis-py, `unix:///...`; starts the server, which blocks for 0.1 to 1 s."""
+        """Address for redis-py, `unix:///...`; starts the server, which blocks for 0.1 to 1 s.
+
+        With much saved data, for as long as that is read and its indexes are made again, up to 5 min.
+        """
         return f"unix://{quote(self.start().address['socket'])}"
 
     @property
@@ -95,9 +100,10 @@ class EmbeddedRedis(EmbeddedServer):
             name,
             home,
             [program, *_options(socket, log, saved=self._shared), *(f for m in modules for f in ("--loadmodule", m))],
-            ready=guard.ReadySocket(str(socket), send="PING\r\n", expect="+PONG"),
+            ready=guard.ReadySocket(str(socket), send="PING\r\n", expect="+PONG", busy="-LOADING"),
             address={"search": bool(modules)},
-            timeout_s=30.0,
+            timeout_s=_START_TIMEOUT_S,
+            busy_timeout_s=_LOADING_TIMEOUT_S,
             grace_s=0.5 if self._shared else 0.0,
             stop_timeout_s=4.0 if self._shared else 0.0,
             spare=[log],
