@@ -47,22 +47,28 @@ class Asking:
         fit, bounds = self.fit, self._bounds()
         with self.admission.slot(**self._turn(bounds)):
             fit.in_turn()
-            while True:
-                try:
-                    return fit.ended(self.client.chat(fit.body, **bounds))
-                except AegisContextOverflowError as exc:
-                    fit.again(exc)
+            try:
+                while True:
+                    try:
+                        return fit.ended(self.client.chat(fit.body, **bounds))
+                    except AegisContextOverflowError as exc:
+                        fit.again(exc)
+            finally:
+                fit.landed()
 
     async def awhole(self) -> dict[str, Any]:
         """Return the answer, without blocking the event loop."""
         fit, bounds = self.fit, self._bounds()
         async with self.admission.aslot(**self._turn(bounds)):
-            fit.in_turn()
-            while True:
-                try:
-                    return await fit.aended(await self.client.achat(fit.body, **bounds))
-                except AegisContextOverflowError as exc:
-                    await fit.aagain(exc)
+            await fit.ain_turn()
+            try:
+                while True:
+                    try:
+                        return await fit.aended(await self.client.achat(fit.body, **bounds))
+                    except AegisContextOverflowError as exc:
+                        await fit.aagain(exc)
+            finally:
+                fit.landed()
 
     def parts(self) -> Generator[dict[str, Any], None, None]:
         """Yield the parts of the answer; the last has `done: true`."""
@@ -70,31 +76,41 @@ class Asking:
         # Held: whoever reads this stream may call the model in between, and must not wait for the slot taken here.
         with self.admission.slot(**self._turn(bounds)) as ticket, ticket.held():
             fit.in_turn()
-            while True:
-                try:
-                    for part in self.client.chat_stream(fit.body, **bounds):
-                        begun = True
-                        yield fit.ended(part) if part.get("done") else part
-                    return
-                except AegisContextOverflowError as exc:
-                    if begun:
-                        raise
-                    fit.again(exc)
+            try:
+                while True:
+                    try:
+                        for part in self.client.chat_stream(fit.body, **bounds):
+                            if not begun:
+                                fit.landed()
+                            begun = True
+                            yield fit.ended(part) if part.get("done") else part
+                        return
+                    except AegisContextOverflowError as exc:
+                        if begun:
+                            raise
+                        fit.again(exc)
+            finally:
+                fit.landed()
 
     async def aparts(self) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the parts of the answer, without blocking the event loop."""
         fit, bounds, begun = self.fit, self._bounds(), False
         async with self.admission.aslot(**self._turn(bounds)) as ticket:
             with ticket.held():
-                fit.in_turn()
-                while True:
-                    try:
-                        async with contextlib.aclosing(self.client.achat_stream(fit.body, **bounds)) as parts:
-                            async for part in parts:
-                                begun = True
-                                yield await fit.aended(part) if part.get("done") else part
-                        return
-                    except AegisContextOverflowError as exc:
-                        if begun:
-                            raise
-                        await fit.aagain(exc)
+                await fit.ain_turn()
+                try:
+                    while True:
+                        try:
+                            async with contextlib.aclosing(self.client.achat_stream(fit.body, **bounds)) as parts:
+                                async for part in parts:
+                                    if not begun:
+                                        fit.landed()
+                                    begun = True
+                                    yield await fit.aended(part) if part.get("done") else part
+                            return
+                        except AegisContextOverflowError as exc:
+                            if begun:
+                                raise
+                            await fit.aagain(exc)
+                finally:
+                    fit.landed()

@@ -23,7 +23,8 @@ from langchain_aegis.identity import normalise_model
 from langchain_aegis.notices import logger, warn_once
 from langchain_aegis.options import Call
 from langchain_aegis.refusals import overflow_error
-from langchain_aegis.reloads import Rule, reloads, runner_options
+from langchain_aegis.reloads import ARRIVES_S, Flight, Rule, reloads, runner_options
+from langchain_aegis.wakers import Waker, running_loop
 
 Policy = Literal["raise", "warn", "trim"]
 Trim = Callable[[list[BaseMessage], AegisContextOverflowError], Sequence[BaseMessage]]
@@ -96,6 +97,7 @@ class Fit:
         self._own = runner_options(call.options, call.shift)
         self._guarded = rule != "allow"
         self._sent = self._own
+        self._flight: Flight | None = None
         if self._guarded:
             self._sent = reloads.share(client.base_url, call.model, self._own, rule=rule, where=where)
         self.call = _with_runner(call, self._own, self._sent)
@@ -107,9 +109,32 @@ class Fit:
     # -- before --
 
     def in_turn(self) -> None:
-        """Send what all calls of the model send now; to be called when nothing is to be waited for any more."""
-        if self._guarded and (sent := reloads.send(self._client.base_url, self.call.model, self._own)) != self._sent:
+        """Send what all calls of the model send now; to be called when nothing else is to be waited for any more."""
+        while not self._departs(waker := Waker(None)):
+            waker.wait(ARRIVES_S)
+
+    async def ain_turn(self) -> None:
+        """Do what `in_turn` does, without blocking the event loop."""
+        while not self._departs(waker := Waker(running_loop())):
+            await waker.await_(ARRIVES_S)
+
+    def _departs(self, waker: Waker) -> bool:
+        if not self._guarded:
+            return True
+        flight = Flight()
+        sent = reloads.depart(self._client.base_url, self.call.model, self._own, flight=flight, waker=waker)
+        if sent is None:
+            return False
+        self._flight = flight
+        if sent != self._sent:
             self._send_with(sent)
+        return True
+
+    def landed(self) -> None:
+        """Take note that the answer has begun, or never will; may be called again."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            reloads.landed(self._client.base_url, self.call.model, flight)
 
     def _send_with(self, runner: dict[str, Any]) -> None:
         self._sent = runner

@@ -10,11 +10,16 @@ reported, and from then on all calls of a model and server send one set:
 - What changes results is never changed, and a difference only reported: `shift`, and the window of an embedder, which
   decides how much of a long text is embedded.
 
+Requests may overtake each other on their way: one with the smaller window that arrives after one with the larger would
+have the model loaded twice more. So who is the first to send a larger window waits until the server has what was sent
+with a smaller one. That costs no time, for Ollama reloads a model only when it has answered what came before.
+
 What was constructed and never called counts for nothing. The guard sees the calls of its own process only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -28,6 +33,7 @@ from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.identity import normalise_model
 from langchain_aegis.notices import logger
 from langchain_aegis.settings import redact_url
+from langchain_aegis.wakers import Waker
 
 Rule = Literal["share", "raise", "allow"]
 
@@ -35,6 +41,7 @@ Rule = Literal["share", "raise", "allow"]
 RUNNER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread", "draft_num_predict", "shift")
 AUTO: Mapping[str, Any] = {}  # nothing asked for: the server decides
 _MOST_MODELS, _MOST_SETS = 256, 64  # names and options may come from outside
+ARRIVES_S = 2.0  # a request that was sent so long ago is at the server, answered or not
 _LIBRARIES = frozenset(
     {"langchain_aegis", "langchain_core", "langchain_ollama", "langchain", "langchain_classic", "langgraph", "pydantic",
      "asyncio", "concurrent", "threading", "contextlib", "functools", "copy"}
@@ -80,6 +87,19 @@ class Asked:
         return " ".join(f"{name}={value}" for name, value in self.options.items()) or "the server's defaults"
 
 
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A request on its way, until its answer begins: only then the server surely has it.
+
+    Attributes:
+        num_ctx: The window that it is sent with; None: the server's.
+        at: When it was sent.
+    """
+
+    num_ctx: int | None = None
+    at: float = 0.0
+
+
 @dataclass(slots=True)
 class Runner:
     """What the calls of one model and server ask for.
@@ -96,6 +116,15 @@ class Runner:
     sent: dict[str, Any] | None = None
     shared: dict[str, Any] = field(default_factory=dict)  # what is sent, but for `shift`
     windows: dict[tuple[Any, ...], tuple[int, float]] = field(default_factory=dict)
+    flights: list[Flight] = field(default_factory=list)
+    waiting: list[Waker] = field(default_factory=list)  # until one of them has landed
+
+    def ahead(self, num_ctx: int | None, now: float) -> bool:
+        """Say whether a request with a smaller window is on its way."""
+        if num_ctx is None or not self.flights:
+            return False
+        self.flights = [flight for flight in self.flights if now - flight.at < ARRIVES_S]
+        return any(flight.num_ctx is not None and flight.num_ctx < num_ctx for flight in self.flights)
 
     def leaves_window(self) -> bool:
         """Whether any call left the window to the server."""
@@ -154,6 +183,8 @@ class Reloads:
     def reset(self) -> None:
         """Let no lock of the parent's be held in the child of a fork; what was learnt stays true."""
         self._lock = threading.Lock()
+        for runner in self._runners.values():  # they are the parent's
+            runner.flights, runner.waiting = [], []
 
     def forget(self) -> None:
         """Forget all calls: for tests."""
@@ -216,15 +247,53 @@ class Reloads:
         self, server: str, model: str, options: Mapping[str, Any], *, own: Collection[str] = ("shift",)
     ) -> dict[str, Any]:
         """Return the runner options that a call, which `share` knows, is sent with now."""
-        key = tuple(options.get(name) for name in RUNNER_OPTIONS)
+        with self._lock:
+            return self._send(self._runner(server, model), options, own)
+
+    def depart(
+        self, server: str, model: str, options: Mapping[str, Any], *, flight: Flight, waker: Waker,
+        own: Collection[str] = ("shift",),
+    ) -> dict[str, Any] | None:  # fmt: skip
+        """Do what `send` does, unless a request with a smaller window is on its way: then return None.
+
+        Args:
+            server: Address of the server.
+            model: Name of the model.
+            options: Runner options that the call asks for.
+            flight: The request, which is on its way from now on, until `landed`, if not None is returned.
+            waker: Woken when it is worth another try, which it also is after `ARRIVES_S`.
+            own: Options that change what the call returns, and so are sent as asked.
+        """
+        with self._lock:
+            runner, now = self._runner(server, model), self._clock()
+            num_ctx = runner.for_(options, own).get("num_ctx")
+            if runner.ahead(num_ctx, now):
+                runner.waiting.append(waker)
+                return None
+            flight.num_ctx, flight.at = num_ctx, now
+            runner.flights.append(flight)
+            return self._send(runner, options, own)
+
+    def landed(self, server: str, model: str, flight: Flight) -> None:
+        """Take note that the answer to a request has begun, or never will; may be called again."""
         with self._lock:
             runner = self._runner(server, model)
-            sent = runner.for_(options, own)
-            if (asked := runner.sets.get(key)) is not None:
-                asked.shared += sent != options
-            runner.switches += runner.sent not in (None, sent)
-            runner.sent = sent
-            return sent
+            if flight in runner.flights:
+                runner.flights.remove(flight)
+            waiting, runner.waiting = runner.waiting, []
+        for waker in waiting:
+            with contextlib.suppress(RuntimeError):  # its event loop is closed
+                waker.wake()
+
+    @staticmethod
+    def _send(runner: Runner, options: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
+        key = tuple(options.get(name) for name in RUNNER_OPTIONS)
+        sent = runner.for_(options, own)
+        if (asked := runner.sets.get(key)) is not None:
+            asked.shared += sent != options
+        runner.switches += runner.sent not in (None, sent)
+        runner.sent = sent
+        return sent
 
     def window(self, server: str, model: str, options: Mapping[str, Any], *, within_s: float) -> int | None:
         """Return the window that the server gave for these options, if it said so in the last `within_s` seconds."""

@@ -17,8 +17,9 @@ from langchain_aegis import AegisEmbeddings, ChatAegis
 from langchain_aegis.errors import AegisConfigError, AegisContextOverflowError, AegisOptionError, AegisReloadError
 from langchain_aegis.metrics_admission import register_admission
 from langchain_aegis.notices import forget_warnings
-from langchain_aegis.reloads import RUNNER_OPTIONS, Reloads, place, reloads, runner_options
+from langchain_aegis.reloads import ARRIVES_S, RUNNER_OPTIONS, Flight, Reloads, place, reloads, runner_options
 from langchain_aegis.testing import ScriptedModel, ScriptedOllama
+from langchain_aegis.wakers import Waker
 
 MODELS = [ScriptedModel(name="m"), ScriptedModel(name="other"), ScriptedModel(name="embed", embedding=True)]
 
@@ -71,6 +72,62 @@ def test_two_nodes_share_one_runner(server, ask, caplog):
     assert f"num_ctx=4096 at {first}" in report
     assert f"num_ctx=8192 at {second}" in report
     assert "All calls now send num_ctx=8192" in report
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke", "stream", "astream"])
+def test_a_larger_window_does_not_overtake_a_smaller_one(server, way, monkeypatch):
+    """Else the model is loaded for the larger, the smaller and the larger again."""
+    left, waits, depart = threading.Event(), threading.Event(), Reloads.depart
+
+    def slowly(self, *args, **kwargs):
+        sent = depart(self, *args, **kwargs)
+        if sent is None:
+            waits.set()
+        elif sent["num_ctx"] == 4096:
+            left.set()
+            assert waits.wait(10)  # on its way for so long
+        return sent
+
+    async def streamed(model):
+        return [chunk async for chunk in model.astream("What is it?")]
+
+    def ask(num_ctx):
+        model = ChatAegis("m", base_url=server.base_url, num_ctx=num_ctx, num_predict=3)
+        if way == "astream":
+            return asyncio.run(streamed(model))
+        if way == "ainvoke":
+            return asyncio.run(model.ainvoke("What is it?"))
+        return list(model.stream("What is it?")) if way == "stream" else model.invoke("What is it?")
+
+    monkeypatch.setattr(Reloads, "depart", slowly)
+    with ThreadPoolExecutor(2) as threads:
+        small = threads.submit(ask, 4096)
+        assert left.wait(10)
+        large = threads.submit(ask, 8192)
+        assert small.result(30)
+        assert large.result(30)
+    assert windows(server) == [4096, 8192]
+    assert server.counters.loads == 2
+
+
+def test_who_waits_for_a_smaller_window_is_woken_and_does_not_wait_for_ever():
+    now = 0.0
+    guard = Reloads(clock=lambda: now)
+
+    def depart(num_ctx, flight, waker):
+        guard.share("s", "m", {"num_ctx": num_ctx}, where=lambda: "x.py:1")
+        return guard.depart("s", "m", {"num_ctx": num_ctx}, flight=flight, waker=waker)
+
+    small, lost, waker, other = Flight(), Flight(), Waker(None), Waker(None)
+    assert depart(1, small, waker) == depart(1, lost, waker) == {"num_ctx": 1}
+    assert depart(2, Flight(), waker) is None
+    assert depart(1, Flight(), other) is None  # it is sent with the larger one, too
+    guard.landed("s", "m", small)
+    guard.landed("s", "m", small)
+    assert (waker.woken, other.woken) == (True, True)
+    assert depart(2, Flight(), Waker(None)) is None  # the other one is still on its way
+    now = ARRIVES_S
+    assert depart(2, Flight(), Waker(None)) == depart(1, Flight(), Waker(None)) == {"num_ctx": 2}
 
 
 def test_without_the_guard_each_call_reloads(server, ask):
