@@ -265,6 +265,8 @@ def _download(model: str, report: Report) -> Flow[int]:
         try:
             yield step
         except AegisError as exc:
+            if isinstance(exc, AegisModelNotFoundError):
+                raise AegisModelNotFoundError(f"{model!r} cannot be pulled: {exc}") from exc
             if not exc.retryable:  # a lost connection, a restart, or a registry's hiccup passes
                 raise
             failures = 1 if step.completed > best else failures + 1

@@ -309,6 +309,7 @@ def test_the_command_says_what_does_not_fit():
         (("m", "--system", "/nowhere/rules.txt"), "--system"),
         (("m", "--keep-alive", "0"), "keep_alive=0"),
         (("big:8b", "--no-pull"), "ollama pull big:8b"),
+        (("nosuch:1b",), "'nosuch:1b' cannot be pulled: the registry does not have"),
     ],
 )
 def test_the_command_says_what_is_wrong(server, arguments, said):
