@@ -77,7 +77,7 @@ def plan(
     wish = Wish(
         slots=slots,
         context=context,
-        kv_type=kv_cache,
+        kv_type=kv_cache.lower(),  # as the server reads it
         flash_attention=cast("FlashAttention", flash_attention),
         prompt_cache_mib=prompt_cache_mib,
         quality=quality,

@@ -86,7 +86,7 @@ def test_each_setting_that_does_nothing_is_found(name):
         ("OLLAMA_SCHED_SPREAD", ["1", "true", "F", "0"], ["yes", "on", "2"]),
         ("OLLAMA_KEEP_ALIVE", ["30m", "-1", "1h30m", "3600", "1.5h"], ["30 minutes", "forever", "30min"]),
         ("OLLAMA_LOAD_TIMEOUT", ["10m", "0"], ["ten"]),
-        ("OLLAMA_KV_CACHE_TYPE", ["f16", "q8_0", "q4_0"], ["fp16", "int8"]),
+        ("OLLAMA_KV_CACHE_TYPE", ["f16", "q8_0", "q4_0", "Q8_0", '"F16"'], ["fp16", "int8", "Q9_0"]),
     ],
 )
 def test_values_that_the_server_misreads_are_found(name, good, bad):
@@ -104,6 +104,7 @@ def test_values_that_the_server_misreads_are_found(name, good, bad):
         ({"OLLAMA_MAX_LOADED_MODELS": "1"}, "models-evict-each-other"),
         ({"OLLAMA_ORIGINS": "http://a, *"}, "any-web-page"), ({"OLLAMA_DEBUG_LOG_REQUESTS": "1"}, "prompts-logged"),
         ({"OLLAMA_KV_CACHE_TYPE": "q8_0", "OLLAMA_FLASH_ATTENTION": "0"}, "kv-cache-needs-flash-attention"),
+        ({"OLLAMA_KV_CACHE_TYPE": "Q8_0", "OLLAMA_FLASH_ATTENTION": "0"}, "kv-cache-needs-flash-attention"),
         ({"OLLAMA_NUM_PARALEL": "4"}, "setting-misspelt"), ({"OLLAMA_MODEL": "x"}, "setting-unknown"),
         ({"OLLAMA_GPU_OVERHEAD": "0"}, "setting-without-effect"),
     ],

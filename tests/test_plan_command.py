@@ -170,6 +170,7 @@ def test_quantisations_can_be_compared_without_a_model(aegis):
         (["qwen3:8b", "--offline", "--quality", "best"], "near-lossless"),
         (["qwen3:8b", "--offline", "--kv-cache", "q8"], "q8_0"),
         (["qwen3:8b", "--offline", "--kv-cache", "q8_0", "--flash-attention", "off"], "--kv-cache f16"),
+        (["qwen3:8b", "--offline", "--kv-cache", "Q8_0", "--flash-attention", "off"], "--kv-cache f16"),
         (["qwen3:8b", "--offline", "--flash-attention", "maybe"], "auto, on, off"),
         (["qwen3:8b", "--offline", "--format", "xml"], "systemd"),
         (["qwen3:8b", "--offline", "--memory-gb", "0"], "above 0"),
