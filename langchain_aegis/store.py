@@ -42,7 +42,7 @@ __all__ = ["SCOPE_VECTORS", "Commands", "Epochs", "Invalidation", "Listed", "Nea
 SCOPE_VECTORS: Final = 2_000  # without search: so many vectors of a scope are compared, the newest
 _COUNTED_AT_ONCE: Final = 250  # entries; a millisecond of the server's only thread
 _DROPPED_AT_ONCE: Final = 8  # unlinking an indexed vector costs it about half a millisecond
-_SWEEP_US: Final = 1_500
+_SWEEP_US: Final = 500
 _LOCK_MS: Final = 10_000
 _DIGITS: Final = 32  # of an exact key
 

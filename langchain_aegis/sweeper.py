@@ -21,7 +21,7 @@ from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.notices import logger, warn_once
 from langchain_aegis.store import Store, Swept
 
-_PAUSE: Final = 2.0  # times as long as the server was busy: it has two thirds of its time for others
+_PAUSE: Final = 8.0  # times as long as the server was busy: nobody waits for the sweep, others do for the server
 _MOST_QUEUED: Final = 10.0  # where steps themselves have to wait, pauses grow by as much, up to so many times the step
 _LEAST_PAUSE_S: Final = 0.001
 _LOOK_AGAIN_S: Final = 0.25  # when another process is at it
