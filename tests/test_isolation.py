@@ -5,6 +5,7 @@ import uuid
 
 import pytest
 import redis
+from caches import MODEL, Words, chat, prompt
 from conftest import running_redis
 from langchain_core.embeddings import Embeddings
 
@@ -102,3 +103,18 @@ def test_a_question_below_the_threshold_is_not_served_even_if_no_guard_objects(r
             cache.get_or_generate(question, lambda: calls.append(1) or "28 days", pipeline="p")
         assert len(calls) == asked
         assert cache.judge("How long may I keep a book?", "How long can I keep a book?").served == (asked == 1)
+
+
+@pytest.mark.parametrize(("above", "served"), [(-4e-4, True), (4e-4, False)])
+def test_the_cosine_that_counts_is_ones_own(redis_url, above, served):
+    """The server computes with 16 bits and rounds in the question's favour: what it lets through is measured again."""
+    stored, asked = "How long may I keep a book?", "How long can I keep a book?"
+    told = {"namespace": f"c{uuid.uuid4().hex[:8]}", "redis_url": redis_url, "embeddings": Words()}
+    with AegisSemanticCache(**told, min_similarity=0.5) as cache:
+        similarity = cache.judge(stored, asked).similarity
+        assert cache.lookup(prompt(stored), MODEL) is None
+        cache.update(prompt(stored), MODEL, chat("28 days"))
+    seen = []
+    with AegisSemanticCache(**told, min_similarity=similarity + above, on_lookup=seen.append) as cache:
+        assert (cache.lookup(prompt(asked), MODEL) is not None) is served
+    assert seen[0].candidates[0].similarity == pytest.approx(similarity, abs=1e-5)
