@@ -171,7 +171,7 @@ def _marks(labels: Labels) -> _Marks:
 def _line(words: str) -> str:
     """Return a pattern for a line that begins with one of the words as a label: with a colon, or as a heading."""
     number = r"(?:[^\S\n]*\#?\d+)?[^\S\n]*"
-    colon = rf"(?:[>#*\-]+[^\S\n]*)?(?:{words}){number}(?:\*\*)?[::](?:\*\*)?"
+    colon = rf"(?:[>#*\-]+[^\S\n]*)?(?:{words}){number}(?:\*\*)?:(?:\*\*)?"
     heading = rf"(?:\#{{1,6}}[^\S\n]+(?:\*\*)?|\*\*|__)(?:{words}){number}(?:\*\*|__)?[^\S\n]*$"
     return rf"^[^\S\n]*(?:{colon}|{heading})"
 
@@ -240,7 +240,7 @@ def _is_action(text: str, rules: _Rules) -> bool:
 
 
 def _asks(text: str, rules: _Rules) -> bool:
-    if "?" in text or "?" in text:
+    if "?" in text:
         return True
     lead = rules.leads.match(text)
     start = lead.end() if lead else 0

@@ -139,7 +139,7 @@ def ends_with_label(text: str) -> bool:
     last = text.rstrip().rpartition("\n")[2].strip(" *#_>-").rstrip()
     if len(last.split()) > 6 and (label := _LAST_LABEL.search(last)):  # "Text: ... Title:"
         last = label[1]
-    if not last.endswith((":", ":")) or len(last) > 80 or len(last.split()) > 6:
+    if not last.endswith(":") or len(last) > 80 or len(last.split()) > 6:
         return False
     return _rules()["answer_labels"].fullmatch(last[:-1].strip(" *#_>-")) is None
 
