@@ -21,6 +21,7 @@ from langchain_aegis.breaker import Unavailable
 from langchain_aegis.entries import Record
 from langchain_aegis.lookup import Embed
 from langchain_aegis.store import Commands
+from langchain_aegis.updates import Later
 
 AT_ONCE = 100
 
@@ -62,8 +63,27 @@ def _flow(cache, item, llm_string, scope):
     context = contextvars.copy_context()
     if scope is not None:
         context.run(aegis_scope(**scope(item)).__enter__)  # never left: the context goes with the flow
-    flow = cache._engine.update(PROMPTS.prompt(item.question), llm_string, generations(item))
+    flow = _in_place(cache._engine.update(PROMPTS.prompt(item.question), llm_string, generations(item)))
     return lambda answer, failed=False: context.run(flow.throw if failed else flow.send, answer)
+
+
+def _in_place(flow):
+    """Do here what an update leaves to the background: by then, others' vectors are prepared."""
+    try:
+        step = next(flow)
+        while True:
+            if isinstance(step, Later):
+                yield from step.rest()
+                step = flow.send(None)
+                continue
+            try:
+                answer = yield step
+            except Unavailable as exc:
+                step = flow.throw(exc)
+            else:
+                step = flow.send(answer)
+    except StopIteration:
+        return
 
 
 def _perform(cache, step):
