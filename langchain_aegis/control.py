@@ -27,6 +27,7 @@ from langchain_aegis.store import Invalidation
 from langchain_aegis.updates import now_ms
 from langchain_aegis.vectors import pack, similarities
 from langchain_aegis.verification import compare, nearness, profile
+from langchain_aegis.wakers import running_loop
 
 _NEAR = 100  # at most so many entries near a question are removed in one step
 
@@ -222,7 +223,7 @@ class Control(Performer):
 
         In an event loop nothing is waited for: there, what is being stored counts as soon as it is.
         """
-        if asyncio._get_running_loop() is None:
+        if running_loop() is None:
             self._written()
         return self._engine.stats()
 
