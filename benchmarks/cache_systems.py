@@ -7,6 +7,7 @@ itself. A further one is a subclass of `System` in `SYSTEMS`.
 import hashlib
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Place:
     scope: Callable[[Item], dict[str, Any]] | None = None
 
 
-class System:
+class System(ABC):
     """One row of the tables.
 
     Attributes:
@@ -84,33 +85,33 @@ class System:
         """Whether wrong hits are a finding about it, rather than a failure of the run."""
         return False
 
-    def open(self) -> None:
+    def open(self) -> None:  # noqa: B027  # not every system has something to do here
         """Make what is needed before the first answer is stored."""
 
+    @abstractmethod
     def fill(self, items: Iterable[Item], prepare: Any) -> None:
         """Store many answers, as quickly as may be; `prepare` makes the vectors of a list of items."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lookup(self, prompt: str) -> Any:
         """Return what is found: text, bytes, generations, or None."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def alookup(self, prompt: str) -> Any:
         """Like `lookup`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self, item: Item) -> None:
         """Store an item's answer; called after its prompt was looked up in vain."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def aupdate(self, item: Item) -> None:
         """Like `update`."""
-        raise NotImplementedError
 
-    async def aclose(self) -> None:
+    async def aclose(self) -> None:  # noqa: B027  # not every system has something to do here
         """Close what is open in this event loop."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # not every system has something to do here
         """Close the rest."""
 
 
@@ -130,8 +131,8 @@ class _Floor(System):
         told = (prompt + self.place.llm_string).encode()
         return f"{self.prefix}a:{hashlib.blake2b(told, digest_size=16).hexdigest()}"
 
-    def commands(self, item: Item) -> list[tuple[Any, ...]]:
-        raise NotImplementedError
+    @abstractmethod
+    def commands(self, item: Item) -> list[tuple[Any, ...]]: ...
 
     def fill(self, items: Iterable[Item], prepare: Any) -> None:
         part: list[Item] = []
@@ -252,8 +253,8 @@ def _float16(vector: Sequence[float]) -> bytes:
 class _Cache(System):
     cache: Any
 
-    def make(self) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def make(self) -> Any: ...
 
     def open(self) -> None:
         self.cache = self.make()
