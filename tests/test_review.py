@@ -14,6 +14,7 @@ from langchain_core.outputs import ChatGeneration, Generation
 from langchain_aegis import AegisSemanticCache, aegis_scope
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.results import Answer
+from langchain_aegis.writes import the_writer
 
 BOOK, CARD = "How long may I keep a book?", "What does a reader card cost?"
 NEAR_BOOK = "How long can I keep a book?"
@@ -137,6 +138,7 @@ def test_a_call_that_lost_its_tenant_is_given_no_stale_answer_either(make_cache,
 
     with aegis_scope(tenant="acme"):
         cache.get_or_generate(CARD, lambda: "4 euros", pipeline="faq")
+    assert the_writer.drain(timeout_s=10)  # another process learns of the tenant once its answer is stored
     other.cache._engine._named_before = nesting.tenants_named()  # another process: it has seen no tenant
     clock(61)
 
@@ -318,6 +320,7 @@ def test_an_explanation_knows_that_the_namespace_asks_for_tenants(make_cache):
     taught(cache)
     with aegis_scope(tenant="acme"):
         taught(cache)
+    assert the_writer.drain(timeout_s=10)  # another process learns of the tenant once its answer is stored
     other.cache._engine._named_before = nesting.tenants_named()  # another process: it has seen no tenant
     told = other.explain(prompt=prompt(BOOK), llm_string=MODEL)
     assert (told.decision, told.reasons) == ("miss", ("no_tenant",))
