@@ -21,6 +21,7 @@ from langchain_aegis import AegisSemanticCache
 from langchain_aegis.embedded.redis import EmbeddedRedis, package_path
 from langchain_aegis.reloads import reloads
 from langchain_aegis.testing import ScriptedOllama
+from langchain_aegis.writes import the_writer
 
 # No wall clock decides in a test: on two busy cores any example may take longer than hypothesis expects.
 hypothesis.settings.register_profile("aegis", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -81,6 +82,14 @@ def _clean_environment():
 def _no_call_is_remembered():
     """What one test asks of a model does not change what another one's calls are sent with."""
     reloads.forget()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_to_be_stored():
+    """What one test stores in the background fails or is told in no other one."""
+    yield
+    if the_writer.busy:
+        the_writer.drain(timeout_s=10)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from langchain_core.outputs import ChatGeneration, ChatResult
 
 from langchain_aegis import AegisSemanticCache, was_cached
 from langchain_aegis.embedded.redis import EmbeddedRedis
+from langchain_aegis.writes import the_writer
 
 CALLERS = 16
 
@@ -75,6 +76,7 @@ def stack(request, home):
         stack = Stack(server.url, request.param == "tasks")
         stack.pid = server.pid
         stack.ask(QUESTIONS)
+        assert the_writer.drain(timeout_s=10)
         assert stack.hits(QUESTIONS) == len(QUESTIONS)
         yield stack
         stack.cache.close()
