@@ -232,14 +232,13 @@ def find(
                 yield from embed(found, policy, profile_key)
             found.reasons = ("refresh",)
             return found
-        if begun is None and (done := the_writer.pending(key.exact)) is not None:
-            yield Settle(done, policy.budget_s)
+        until = time.monotonic() + policy.budget_s  # for all that is waited for
+        if begun is None and not (yield from _written(until, key.exact)):
+            raise Unavailable("redis_slow")  # which could not take it in that time, and would not be read from sooner
         yield from _exact(found, store, policy, now_ms(), begun)
         if found.record is None:
             yield from resolved(key)
-            for scope in (key.scope, store.prefix):
-                if (done := the_writer.pending(scope)) is not None:
-                    yield Settle(done, policy.budget_s)
+            yield from _written(until, key.scope, store.prefix)
         if found.record is not None or found.reasons:
             if found.fence and key.question is not None and policy.semantic:  # as for a refresh
                 told = found.reasons
@@ -252,6 +251,16 @@ def find(
     except Unavailable as exc:
         found.record, found.tier, found.similarity, found.reasons = None, "miss", None, (exc.reason,)
     return found
+
+
+def _written(until: float, *names: str) -> Flow[bool]:
+    """Wait until nothing of exact keys or scopes is on its way to Redis, or it is late; return whether all is there."""
+    for name in names:
+        if (done := the_writer.pending(name)) is not None:
+            yield Settle(done, max(0.0, until - time.monotonic()))
+            if not done.done():
+                return False
+    return True
 
 
 def resolved(key: Key) -> Flow[None]:

@@ -100,11 +100,15 @@ def test_a_removal_counts_what_was_queued_before_it(make_cache):
 
 
 def test_a_lookup_does_not_wait_for_longer_than_redis_may_take(make_cache):
-    cache = make_cache(op_budget_s=0.2)
+    told = []
+    cache = make_cache(op_budget_s=0.2, on_lookup=told.append)
     cache.lookup(prompt(BOOK), MODEL)
     with held():
         cache.update(prompt(BOOK), MODEL, chat("28 days"))
         assert cache.lookup(prompt(BOOK), MODEL) is None
+        assert told[-1].reasons == ("redis_slow",), "it is not asked as well"
+        assert cache.lookup(prompt(PARAPHRASE), MODEL) is None
+        assert told[-1].asked_s, "it was asked, and waited for the scope's write only once"
     assert text_of(cache.lookup(prompt(BOOK), MODEL)) == "28 days"
 
 
