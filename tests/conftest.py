@@ -17,7 +17,7 @@ import pytest
 from caches import Driver, Words
 
 import langchain_aegis.embedded  # noqa: F401 - sets the environment of OpenMP and onnxruntime before they are loaded
-from langchain_aegis import AegisSemanticCache
+from langchain_aegis import AegisSemanticCache, servers
 from langchain_aegis.embedded.redis import EmbeddedRedis, package_path
 from langchain_aegis.reloads import reloads
 from langchain_aegis.testing import ScriptedOllama
@@ -82,6 +82,15 @@ def _clean_environment():
 def _no_call_is_remembered():
     """What one test asks of a model does not change what another one's calls are sent with."""
     reloads.forget()
+
+
+@pytest.fixture(autouse=True)
+def _no_bound_is_remembered(monkeypatch):
+    """A port is used again before long, and what an earlier test asked of the server there is not meant for this one.
+
+    In a process that is right: the smallest bound that anybody asked for a server wins.
+    """
+    monkeypatch.setattr(servers._registry, "servers", {})
 
 
 @pytest.fixture(autouse=True)
