@@ -9,7 +9,7 @@ export PYTHON UV
 # Whoever sets it would have every test rewritten in every worker of every run.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test check bench-cache bench-growth lock clean
+.PHONY: install demo test test-slow check bench-cache bench-growth lock clean
 
 install:
 	@sh tools/install.sh
@@ -18,7 +18,11 @@ demo: install
 	@$(BIN)/python -m langchain_aegis demo
 
 test: install
-	@$(BIN)/python -m pytest -n 2 --dist worksteal
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# What takes more than some seconds each: long runs, real models, examples as processes of their own.
+test-slow: install
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 check: install
 	@$(BIN)/python tools/check.py

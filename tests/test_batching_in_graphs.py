@@ -430,6 +430,7 @@ async def test_a_chain_in_a_node_streams_and_batches(pair):
 # What the page shows
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_page_run(monkeypatch):
     """The code of docs/batching.md, from its beginning to its end."""
     page = (Path(__file__).parent.parent / "docs" / "batching.md").read_text(encoding="utf-8")

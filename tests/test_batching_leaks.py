@@ -108,6 +108,7 @@ def idle(model):
     return (stats.running, stats.waiting, stats.waiting_bulk) == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_two_loops_and_64_threads_on_one_instance(model, server, open_descriptors):
     """Everybody gets an own answer, the server sees four at once at most, and the connections go with the loops."""
     every_way_blocking(model, "warm")
@@ -135,6 +136,7 @@ def test_two_loops_and_64_threads_on_one_instance(model, server, open_descriptor
     wait_until(lambda: open_descriptors() <= descriptors + 2 * 4, LONG_S, "the end of the loops' connections")
 
 
+@pytest.mark.slow
 def test_fifty_loops_in_a_row_leave_nothing(model, open_descriptors):
     """No task, no thread, no descriptor, no object of the library, no complaint."""
     with warnings.catch_warnings():
@@ -151,6 +153,7 @@ def test_fifty_loops_in_a_row_leave_nothing(model, open_descriptors):
         assert threading.active_count() <= threads
 
 
+@pytest.mark.slow
 def test_threads_that_come_and_go_leave_nothing(model, open_descriptors):
     """Each thread is a new one; what they used is used again by the next, or gone."""
 
@@ -172,6 +175,7 @@ def test_threads_that_come_and_go_leave_nothing(model, open_descriptors):
         assert max(found.values(), default=0) <= 4, found
 
 
+@pytest.mark.slow
 def test_refusals_and_deadlines_leave_nothing(server, open_descriptors):
     """Ten thousand refusals and fifty passed deadlines later everything is as it was."""
     model = BatchingChatModel(ChatAegis("m", base_url=server.base_url), max_concurrency=1, max_waiting=1)
@@ -207,6 +211,7 @@ def test_refusals_and_deadlines_leave_nothing(server, open_descriptors):
     wait_until(lambda: not ours() - objects, LONG_S, "the end of the last call")
 
 
+@pytest.mark.slow
 def test_a_stream_that_outlives_its_loop_gives_its_slot_back(model, open_descriptors):
     """Its reader holds it, unread, while the loop is closed: Python complains of that, but nothing is lost."""
     held = []
@@ -272,6 +277,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_python_has_nothing_to_complain_of():
     """`python -W error -X dev`: no warning, no log line, nothing at exit."""
     done = subprocess.run(

@@ -367,6 +367,7 @@ def test_no_share_is_written_under_the_marks_of_what_was_expected(paraphrases):
             assert not (left < x < right and top < low and high < bottom), (text, x)
 
 
+@pytest.mark.slow
 def test_pictures_are_files_of_that_size_with_colours(tmp_path):
     image = pytest.importorskip("PIL.Image")
     paths = write_pictures(made(), tmp_path / "new")

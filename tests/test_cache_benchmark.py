@@ -80,6 +80,7 @@ class Silent(cache_systems.FloorGet):
         return None
 
 
+@pytest.mark.slow
 def test_a_run_measures_everything_and_finds_no_wrong_answer(tiny, capsys, monkeypatch):
     for module in (cache_systems, cache_rounds):
         monkeypatch.setattr(module, "KNOWN", 40)  # the other 20 entries cannot be asked for
@@ -106,6 +107,7 @@ def test_a_run_measures_everything_and_finds_no_wrong_answer(tiny, capsys, monke
     assert "| aegis |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_system_that_answers_wrongly_or_not_at_all_makes_the_run_fail(tiny, capsys):
     liars = [Mixed, Eager, Cut, Silent]
     assert cache.main([*tiny, "--crowd", "0", "--memory-entries", "0"], [cache_systems.FloorGet, *liars]) == 1
@@ -191,6 +193,7 @@ def test_what_is_loaded_quickly_is_what_update_writes(url, monkeypatch):
             each.close()
 
 
+@pytest.mark.slow
 def test_growth_is_measured_and_checked(url, capsys):
     told = growth.arguments(
         ["--entries", "60", "120", "--rounds", "4", "--tenant-entries", "1000", "--answer-entries", "60",

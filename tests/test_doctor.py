@@ -704,6 +704,7 @@ def test_the_worst_comes_first(tmp_path):
     assert out.splitlines()[-1] == "1 error, 1 warning, 1 info"
 
 
+@pytest.mark.slow
 def test_a_corrected_copy_is_written_on_request_only(tmp_path):
     path = tmp_path / "compose.yml"
     path.write_text("services: {ollama: {image: 'ollama/ollama:0.32.15', environment: {OLLAMA_NUM_CTX: 8192}}}\n")

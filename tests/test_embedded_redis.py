@@ -403,6 +403,7 @@ def slow_to_load(home, monkeypatch, client):
     return EmbeddedRedis(server=program, search=False)
 
 
+@pytest.mark.slow
 def test_a_server_that_reads_much_data_is_waited_for(slow_to_load, client, caplog):
     with caplog.at_level(logging.WARNING, "langchain_aegis"), slow_to_load as server:
         assert client(server.url).dbsize() == 10_000

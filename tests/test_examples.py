@@ -60,6 +60,7 @@ SHOWN = {
 
 
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.slow
 def test_the_example_runs_alone_and_shows_its_point(name, home, tmp_path):
     with contextlib.ExitStack() as exits:
         environment = os.environ | {"NO_COLOR": "1", "TERM": "dumb"}

@@ -51,6 +51,7 @@ class TestModel:
         assert "Paris" in answer["message"]["content"]
         assert (answer["prompt_eval_count"], answer["done_reason"]) == (16, "stop")  # the counts of a real Ollama
 
+    @pytest.mark.slow
     def test_a_long_prefix_is_read_once(self, server: EmbeddedOllama) -> None:
         context = "The office opens at nine and closes at five. " * 15
         cold = chat(server, context + "When does it open?")

@@ -155,6 +155,7 @@ def looks():
     return [t for t in threading.enumerate() if t.name == "aegis-server-metrics"]
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_is_asked_by_one_thread(silent, monkeypatch):
     monkeypatch.setattr("langchain_aegis.metrics_server._PATIENCE_S", 0.01)
     registry = CollectorRegistry()
@@ -173,6 +174,7 @@ async def get(app, path="/"):
         return await c.get(path)
 
 
+@pytest.mark.slow
 async def test_on_an_event_loop_no_scrape_waits_for_the_server(silent):
     app = asgi_app(servers=[silent], registry=CollectorRegistry())
     held = asyncio.get_running_loop().time()

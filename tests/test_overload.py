@@ -123,6 +123,7 @@ def p99(times):
 # Goodput
 
 
+@pytest.mark.slow
 def test_goodput_at_twenty_times_the_capacity():
     """30 s of 20 times more calls than the server can answer: it is never idle, and nobody waits for long."""
 
@@ -174,6 +175,7 @@ def test_callers_that_come_again_when_they_are_told_to_are_all_answered():
 
 
 @pytest.mark.parametrize(("how", "calls"), [("model", 10_000), ("bound", 10_000), ("chain", 1_000), ("node", 1_000)])
+@pytest.mark.slow
 def test_many_thousand_at_once(how, calls):
     """Answered + refused = all; exactly the slots and the places are answered."""
 
@@ -279,6 +281,7 @@ async def batch_of_five_thousand(model):
 
 
 @pytest.mark.parametrize("large", [five_thousand, batch_of_five_thousand])
+@pytest.mark.slow
 def test_a_large_tenant_does_not_starve_a_small_one(large):
     """Ten calls beside another tenant's 5,000 take at most three times as long as alone."""
     solo, beside = small_beside_large(large)

@@ -126,6 +126,7 @@ def test_background_traffic_has_a_bound_of_its_own():
 # -- tenants
 
 
+@pytest.mark.slow
 def test_a_tenant_with_few_calls_is_not_slowed_down_by_one_with_many():
     def waits(beside):
         simulation = Simulation(4)
@@ -305,6 +306,7 @@ def test_a_prompt_that_cannot_be_read_costs_nothing():
         ticket.leave()
 
 
+@pytest.mark.slow
 def test_a_batch_of_ten_thousand_is_not_quadratic():
     """The number of prompts compared stays in proportion to the number of calls."""
     admission, looked = Admission(4), 0

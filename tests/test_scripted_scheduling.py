@@ -246,6 +246,7 @@ async def test_an_embedding_model_has_one_slot_and_each_model_its_own():
         assert server.counters.requests_embedded == 4
 
 
+@pytest.mark.slow
 async def test_a_client_that_leaves_is_counted_and_its_slot_is_free():
     async with (
         ScriptedOllama(slots=1, words=5_000, tokens_per_s=500) as server,

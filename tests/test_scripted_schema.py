@@ -112,6 +112,7 @@ def test_satisfies_the_schema(name: str) -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(schema=_schemas, text=st.text(max_size=60), seed=st.text(max_size=3))
+@pytest.mark.slow
 def test_satisfies_any_schema(schema: dict[str, Any], text: str, seed: str) -> None:
     """The value is the same for the same prompt and seed."""
     value = Filler(text, seed).value(schema)

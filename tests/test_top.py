@@ -87,6 +87,7 @@ def test_a_busy_process_is_seen_by_the_command(home):
     assert not list((home / "top").glob("*.json"))
 
 
+@pytest.mark.slow
 def test_without_a_process_it_says_what_to_do(home):
     done = run("--once")
     assert done.exit_code == 1
