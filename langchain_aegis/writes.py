@@ -119,13 +119,13 @@ class Writer:
         with self._changed:
             return self._queue[0].promise() if self._queue else None
 
-    def drain(self, place: str | None = None, timeout_s: float = DRAIN_S) -> bool:
+    def drain(self, place: str | None = None, timeout_s: float | None = None) -> bool:
         """Wait until what is queued now, of one place or of all, is stored; returns whether it is."""
         with self._changed:
             last = next((w for w in reversed(self._queue) if place is None or w.place == place), None)
         if last is None:
             return True
-        until = time.monotonic() + timeout_s
+        until = time.monotonic() + (DRAIN_S if timeout_s is None else timeout_s)
         with self._changed:
             return self._changed.wait_for(lambda: last.over, max(0.0, until - time.monotonic()))
 

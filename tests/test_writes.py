@@ -180,7 +180,8 @@ def test_a_process_that_ends_at_once_has_stored_its_answers(redis_url, closes):
     code = f"""
 from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGeneration
-from langchain_aegis import AegisSemanticCache
+from langchain_aegis import AegisSemanticCache, writes
+writes.DRAIN_S = 30  # a second is enough where nothing else runs
 cache = AegisSemanticCache({redis_url!r}, namespace={namespace!r}, op_budget_s=5)
 for i in range(20):
     cache.update(f"Is it rule {{i}}?", {MODEL!r},
