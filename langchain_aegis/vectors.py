@@ -7,6 +7,7 @@ import importlib
 import math
 import struct
 import sys
+from array import array
 from collections.abc import Sequence
 from operator import mul
 from typing import Any
@@ -36,12 +37,13 @@ def pack(vector: Sequence[float]) -> bytes | None:
     """
     try:
         if (np := _numpy()) is not None:
-            values = np.asarray(vector, dtype=np.float64)
+            # From a list, by way of an array it takes less than half the time.
+            values = np.frombuffer(array("d", vector)) if type(vector) is list and vector else np.asarray(vector, "d")
             with np.errstate(all="ignore"):
-                length = float(np.sqrt(np.dot(values, values))) if values.ndim == 1 else 0.0
-            if not (math.isfinite(length) and length > 0):
-                return None
-            packed: bytes = (values / length).astype("<f2").tobytes()
+                length = math.sqrt(values.dot(values)) if values.ndim == 1 else 0.0
+                if not 0 < length < math.inf:
+                    return None
+                packed: bytes = (values / length).astype("<f2").tobytes()
             return packed
         length = math.sqrt(math.fsum(x * x for x in vector))
         if not (math.isfinite(length) and length > 0):
@@ -74,10 +76,11 @@ def similarities(query: bytes, stored: Sequence[bytes]) -> list[float]:
 def _one_similarity(np: Any, query: bytes, stored: bytes) -> float:
     if len(stored) != len(query) or len(query) % 2:
         return math.nan
-    a, b = np.frombuffer(query + stored, dtype="<f2").astype(np.float32).reshape(2, -1)
+    both = np.frombuffer(query + stored, "<f2").astype("f").reshape(2, -1)
     with np.errstate(all="ignore"):
-        length = math.sqrt(float(a.dot(a)) * float(b.dot(b)))
-        return float(a.dot(b)) / length if length else math.nan
+        (one, between), (_, other) = both.dot(both.T).tolist()
+    length = math.sqrt(one * other)
+    return float(between / length) if length else math.nan
 
 
 def _similarity(query: bytes, stored: bytes) -> float:
