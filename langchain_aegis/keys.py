@@ -157,9 +157,10 @@ class _Meaning:
 
 @dataclass(frozen=True, slots=True)
 class _Owner:
-    """What the keys of one caller and model have in common; `exact` is the beginning of their digests."""
+    """What the keys of one caller and model have in common; `exact` and `scope` begin their digests."""
 
     exact: Any
+    scope: Any
     things: tuple[str, ...]
     tenant: str
     user: str | None
@@ -265,11 +266,12 @@ class Keyring:
         reason = model.exact_only or reason
         scope, text = "", None
         if reason is None and span is not None:
-            told = (*self._who(who), model.canonical)
             *others, last = messages
-            before = [(self._scope_row if self._chunks else self._plain_row)(m) for m in others]
-            scope = self._digest("scope", *told, *chain(*before), *self._scope_row(last, span))
-            text = span.text
+            rows = [(self._scope_row if self._chunks else self._plain_row)(m) for m in others]
+            rows.append(self._scope_row(last, span))
+            digest = self._owner(who.tenant, who.user, who.task, model.name, model.canonical).scope.copy()
+            digest.update(_framed(chain.from_iterable(rows)))
+            scope, text = digest.hexdigest(), span.text
         return _Meaning(scope, text, reason, span)
 
     def for_pipeline(self, question: str, who: Who, *, pipeline: str, version: str) -> Key:
@@ -308,9 +310,10 @@ class Keyring:
             sets.append(alone)
             user = alone if kind == "user" else user
         who = Who(tenant=tenant_name, user=user_name, task=task)
+        named = (*self._who(who), canonical)
         return _Owner(
-            self._begun("exact", *self._who(who), canonical), tuple(things), tenant, user, tenant_name is not None,
-            task or "", tuple(sets),
+            self._begun("exact", *named), self._begun("scope", *named), tuple(things), tenant, user,
+            tenant_name is not None, task or "", tuple(sets),
         )  # fmt: skip
 
     def _who(self, who: Who) -> tuple[str | None, ...]:
@@ -321,14 +324,14 @@ class Keyring:
 
     def _question(self, messages: Sequence[Message], given: str | None) -> tuple[Question | None, str | None]:
         """Return where the question stands, if that can be told, and why it must not be matched by meaning."""
-        last = messages[-1]
+        *before, last = messages
         if any(m.has_media for m in messages):
             return None, "media"
         if last.role != "human" or (text := last.text) is None:
             return None, "no_question"
-        if any(m.role in ("tool", "function") for m in messages) or any(b'"tool_calls"' in m.rest for m in messages):
+        if any(m.role in ("tool", "function") or b'"tool_calls"' in m.rest for m in messages):
             return None, "tools"
-        others = [t for m in messages[:-1] if (t := m.text) is not None]
+        others = [t for m in before if (t := m.text) is not None]
         if self._find is not None and given is None:
             found = self._found(text, self._find)
         else:
@@ -337,11 +340,11 @@ class Keyring:
             return None, found.reason
         reason = exact_only_reason(
             found.text,
-            system=[t for m in messages[:-1] if m.role in _TELLING and (t := m.text) is not None],
+            system=[t for m in before if m.role in _TELLING and (t := m.text) is not None],
             around=[text[: found.start], text[found.end :]],
             earlier=[
                 (asked.text or "", reply.text or "")
-                for asked, reply in pairwise(messages[:-1])
+                for asked, reply in pairwise(before)
                 if asked.role == "human" and reply.role == "ai"
             ],
             marked=given is not None,
@@ -380,6 +383,9 @@ class Keyring:
             return (message.role, message.rest, "blocks", dumps(message.content), "")
         if span is None:
             return (message.role, message.rest, kind, *self._part(self._chunks.split(text)))
+        if not self._chunks:
+            told = self._cut(text[: span.start]), "", self._cut(text[span.end :]), ""
+            return (message.role, message.rest, f"span-{kind}", *told)
         before, after = self._chunks.split_around(text[: span.start], text[span.end :])
         return (message.role, message.rest, f"span-{kind}", *self._part(before), *self._part(after))
 

@@ -35,6 +35,8 @@ def wants_answer(system: Sequence[str], around: Sequence[str], *, marked: bool =
     """
     told = [text for part in system if (text := normal(part))]
     parts = [*told, *(text for part in around if (text := normal(part)))]
+    if not parts:
+        return True
     readings = [_read(part) for part in parts]
     if any(reading.answering for reading in readings):
         return not any(reading.orders for reading in readings)
