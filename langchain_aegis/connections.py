@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -80,13 +80,13 @@ class Connections:
         Raises:
             Unavailable: Redis cannot be asked, or did not answer within the budget.
         """
-        return self.ask(step.request or packed(step.each), len(step.each))
+        return self.ask(step.request or packed(step.each), len(step.each), step.meanwhile)
 
     async def aperform(self, step: Commands) -> list[Any]:
         """Like `perform`, without blocking the event loop."""
-        return await self.aask(step.request or packed(step.each), len(step.each))
+        return await self.aask(step.request or packed(step.each), len(step.each), step.meanwhile)
 
-    def ask(self, request: bytes, count: int) -> list[Any]:
+    def ask(self, request: bytes, count: int, meanwhile: Callable[[], object] | None = None) -> list[Any]:
         """Do what `perform` does, with `count` commands as they are sent."""
         if not self.breaker.allow():
             raise Unavailable("redis_down")
@@ -95,18 +95,18 @@ class Connections:
             with self._lock:
                 links = self._sync = self._sync or self._make_sync()
         try:
-            replies = links.ask(request, count)
+            replies = links.ask(request, count, meanwhile)
         except (RedisError, hiredis.HiredisError, OSError) as exc:
             raise self._unavailable(exc) from exc
         self.breaker.succeeded()
         return replies
 
-    async def aask(self, request: bytes, count: int) -> list[Any]:
+    async def aask(self, request: bytes, count: int, meanwhile: Callable[[], object] | None = None) -> list[Any]:
         """Like `ask`, without blocking the event loop."""
         if not self.breaker.allow():
             raise Unavailable("redis_down")
         try:
-            replies = await self._async.get().ask(request, count)
+            replies = await self._async.get().ask(request, count, meanwhile)
         except (RedisError, hiredis.HiredisError, OSError) as exc:
             raise self._unavailable(exc) from exc
         self.breaker.succeeded()

@@ -18,7 +18,7 @@ from langchain_aegis.cache_options import never
 from langchain_aegis.counts import cost_of
 from langchain_aegis.flows import Flow
 from langchain_aegis.keys import Key, Who
-from langchain_aegis.lookup import Begun, Lookup, find, serve_exact
+from langchain_aegis.lookup import LONG, Begun, Lookup, find, serve_exact
 from langchain_aegis.notices import warn_once
 from langchain_aegis.reports import lookup_id
 from langchain_aegis.results import CacheStats
@@ -76,7 +76,10 @@ class Engine(Updates):
         if isinstance(key, str) or the_writer.pending(key.exact) is not None:
             return None
         request = self.store.request(key.exact, key.things, key.tenant, key.user)
-        return Begun(Lookup(key, began_ms=now_ms()), policy, request, told)
+        begun = Begun(Lookup(key, began_ms=now_ms()), policy, request, told)
+        if self.expected.miss(key.exact) and key.length <= LONG:
+            begun.meanwhile = key.resolve
+        return begun
 
     def answer(self, begun: Begun, prompt: str, llm_string: str) -> tuple[list[Generation] | None] | None:
         """Return what is served (in a tuple, since it may be None) if the replies say all; None: `go_on`."""
@@ -91,10 +94,12 @@ class Engine(Updates):
         if not self._heeded(found):
             found.record, found.tier, found.similarity = None, "miss", None
             return None
+        self.expected.hit(found.key.exact)
         return (self._told(found, prompt, llm_string, begun.told),)
 
     def go_on(self, begun: Begun, prompt: str, llm_string: str) -> Flow[list[Generation] | None]:
         """Go on with a lookup that more must be asked for, or that Redis did not answer."""
+        self.expected.missed()
         return self._told((yield from self.find(begun.found.key, begun)), prompt, llm_string, begun.told)
 
     def lookup_value(

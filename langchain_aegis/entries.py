@@ -108,10 +108,16 @@ def unseal(stored: Mapping[bytes, bytes], mac_key: bytes) -> Record | None:
 
     Unknown fields are ignored; they are not signed and not read.
     """
+    return unseal_values(in_order(stored), mac_key)
+
+
+def in_order(stored: Mapping[bytes, bytes]) -> Sequence[Any]:
+    """Return the values of `FIELDS` in this order; empty if one is missing."""
     try:
-        return unseal_values(_IN_ORDER(stored), mac_key)
+        values: Sequence[Any] = _IN_ORDER(stored)
     except (KeyError, TypeError):
-        return None
+        return ()
+    return values
 
 
 def unseal_values(stored: Sequence[Any], mac_key: bytes) -> Record | None:

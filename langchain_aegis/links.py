@@ -40,6 +40,11 @@ def _check(replies: list[Any]) -> list[Any]:
     return replies
 
 
+def _try(meanwhile: Callable[[], object]) -> None:
+    with contextlib.suppress(Exception):  # who needs it will do it again, and see
+        meanwhile()
+
+
 class Link:
     """One connection for one caller at a time, which blocks it."""
 
@@ -57,10 +62,12 @@ class Link:
         self._poll.register(sock, select.POLLIN)
         self.used_s = time.monotonic()
 
-    def ask(self, request: bytes, count: int) -> list[Any]:
+    def ask(self, request: bytes, count: int, meanwhile: Callable[[], object] | None = None) -> list[Any]:
         """Send what `packed` returned and return so many replies; after an exception, `close` it."""
         sock, reader, buffer = self._sock, self._reader, self._buffer
         sock.sendall(request)
+        if meanwhile is not None:
+            _try(meanwhile)
         replies: list[Any] = []
         late_s = 0.0
         while True:
@@ -112,10 +119,10 @@ class Links:
         self._waiting = 0
         self._closed = False
 
-    def ask(self, request: bytes, count: int) -> list[Any]:
+    def ask(self, request: bytes, count: int, meanwhile: Callable[[], object] | None = None) -> list[Any]:
         """Send what `packed` returned and return so many replies; error replies are values.
 
-        Raises RedisError or OSError.
+        `meanwhile` is done until they come, see `Commands`. Raises RedisError or OSError.
         """
         try:
             link = self._free.pop()
@@ -125,7 +132,7 @@ class Links:
             if link.is_stale():
                 link.close()
                 link = Link(self._make())
-            replies = link.ask(request, count)
+            replies = link.ask(request, count, meanwhile)
         except BaseException:  # a KeyboardInterrupt too
             link.close()
             self._lost()
@@ -205,7 +212,7 @@ class AsyncLink(asyncio.Protocol):
         self._poll.register(writer.get_extra_info("socket").fileno(), select.POLLIN)
         self._transport.set_protocol(self)
 
-    async def ask(self, request: bytes, count: int) -> list[Any]:
+    async def ask(self, request: bytes, count: int, meanwhile: Callable[[], object] | None = None) -> list[Any]:
         """Send what `packed` returned and return so many replies. Raises RedisError."""
         if self.closed:
             raise RedisConnectionError("the connection to Redis was closed")
@@ -214,6 +221,8 @@ class AsyncLink(asyncio.Protocol):
         self._asked.append(asked)
         if len(self._asked) == 1:
             self._transport.write(request)
+            if meanwhile is not None:  # where others wait, the loop has better things to do
+                _try(meanwhile)
         else:
             if not self._unsent:
                 loop.call_soon(self._send)
@@ -313,7 +322,7 @@ class AsyncLinks:
         self._link: AsyncLink | None = None
         self._making: asyncio.Task[AsyncLink] | None = None
 
-    async def ask(self, request: bytes, count: int) -> list[Any]:
+    async def ask(self, request: bytes, count: int, meanwhile: Callable[[], object] | None = None) -> list[Any]:
         """Send what `packed` returned and return so many replies; error replies are values. Raises RedisError, OSError.
 
         Whoever is cancelled meanwhile leaves the others' answers as they are.
@@ -321,7 +330,7 @@ class AsyncLinks:
         link = self._link
         if link is None or link.doubtful:
             link = await self._connected()
-        return await link.ask(request, count)
+        return await link.ask(request, count, meanwhile)
 
     async def aclose(self) -> None:
         """Close the connection."""

@@ -186,6 +186,10 @@ class Lookup:
             self._profile = profile(self.key.question or "", key=self.profile_key)
         return self._profile
 
+    def read(self) -> None:
+        """Make the profile now."""
+        _ = self.profile
+
 
 @dataclass(slots=True)
 class Begun:
@@ -196,6 +200,7 @@ class Begun:
         policy: What decides about it.
         request: What is sent, see `Store.request`.
         told: Whose call it is.
+        meanwhile: What is done until the reply comes.
         replies: What came of it.
         took_s: How long that took.
     """
@@ -204,6 +209,7 @@ class Begun:
     policy: Policy
     request: bytes
     told: Any
+    meanwhile: Callable[[], None] | None = None
     replies: Sequence[Any] | Unavailable = ()
     took_s: float = 0.0
 
@@ -315,7 +321,7 @@ def _by_meaning(found: Lookup, store: Store, policy: Policy, now_ms: int, profil
     else:
         nearest = yield from store.nearest(
             key.scope, found.embedder, found.vector, policy.k, found.epochs, max(1, int(policy.budget_s * 500)),
-            asking=key.exact, lowest=-2.0 if policy.judge_all else _lowest(found, policy),
+            asking=key.exact, lowest=-2.0 if policy.judge_all else _lowest(found, policy), meanwhile=found.read,
         )  # fmt: skip
         if policy.repeats != "serve" and any(_served_before(note, now_ms) for note in nearest.notes.values()):
             found.reasons = ("asked_again",)
@@ -325,7 +331,7 @@ def _by_meaning(found: Lookup, store: Store, policy: Policy, now_ms: int, profil
             found.candidates += tuple(Candidate(name, cosine, ("below_threshold",)) for name, cosine in nearest.far)
             found.reasons = found.candidates[0].reasons
         if (served := found.record) is not None and not policy.judge_all:
-            if _is_doubtful(found, served, policy):
+            if _is_doubtful(found, next(near for near in nearest if near.record is served), policy):
                 note = f"{_SERVED}{served.expires_ms}"
                 store.noted(key.exact, served.key, note)
                 yield Aside(partial(store.note, key.exact, served.key, note))
@@ -333,16 +339,13 @@ def _by_meaning(found: Lookup, store: Store, policy: Policy, now_ms: int, profil
                 yield Aside(partial(store.touch, served.key, key.tenant, now_ms))
 
 
-def _is_doubtful(found: Lookup, served: Record, policy: Policy) -> bool:
+def _is_doubtful(found: Lookup, served: Near, policy: Policy) -> bool:
     """Return whether the text shall not be answered by meaning a second time: a wrong hit is then not repeated."""
     if policy.repeats != "auto" or found.profile is None:
         return policy.repeats == "ask"
     if policy.grey is not None and (found.similarity or 0.0) < policy.grey(found.min_similarity)[1]:
         return False  # the verifier has agreed
-    try:
-        return not hardly_differ(Profile.decode(served.profile), found.profile)
-    except ValueError:
-        return True
+    return served.profile is None or not hardly_differ(served.profile, found.profile)
 
 
 def _served_before(note: str, now_ms: int) -> bool:
@@ -437,9 +440,7 @@ def _objections(near: Near, found: Lookup, now_ms: int, policy: Policy, lowest: 
     if noted == "x":
         return ("reported",)
     assert found.profile is not None  # noqa: S101  # set before any candidate is asked for
-    try:
-        cached = Profile.decode(near.record.profile)
-    except ValueError:
+    if (cached := near.profile) is None:
         return ("no_profile",)
     room = nearness(near.similarity, found.min_similarity)
     return guard_codes(compare(cached, found.profile, off=policy.guards_off, near=room))

@@ -28,7 +28,7 @@ import hmac
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -50,10 +50,13 @@ class Commands:
     Attributes:
         each: Name and arguments of each.
         request: The same as they are sent, if that is known already, else b"".
+        meanwhile: What may be prepared for the replies until they come. It is done if there is time, must not take
+            longer than some hundred microseconds, and whatever it raises means only that it was not done.
     """
 
     each: tuple[tuple[Any, ...], ...]
     request: bytes = b""
+    meanwhile: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True, slots=True)

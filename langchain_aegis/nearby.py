@@ -11,56 +11,64 @@ as long. `scripts.put` counts each scope's entries.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from redis.exceptions import ResponseError
 
-from langchain_aegis.entries import Record
+from langchain_aegis.entries import FIELDS, Record
 from langchain_aegis.flows import Flow
 from langchain_aegis.namespace import Commands
-from langchain_aegis.replies import Near, as_pairs, as_text, error_kind, is_unknown_command
+from langchain_aegis.replies import Near, as_text, error_kind, is_unknown_command
 from langchain_aegis.vectors import similarities
 
 # A scope of n entries among N is compared one by one unless n * n > GRAPH_FROM * N: measured where both cost the same,
 # 550 of 10,000 and 1,700 of 100,000.
 GRAPH_FROM: Final = 30
 # So many entries a search along the graph compares at least.
-_SEEN: Final = 32
+_SEEN: Final = 24
 _SEEN_OF_MANY: Final = 64
 _MANY: Final = 30_000
 
+# How a scope is searched is asked anew after so long: a search in the wrong way is slow, not wrong.
+_SIZE_KNOWN_S: Final = 1.0
+_SCOPES_KNOWN: Final = 4_096
+
 _ROUNDING: Final = 1e-3  # by so much the server's distances may be off: it computes with 16 bits
 
+_HEAD: Final = "local FIELDS = {" + ", ".join(f"'{name}'" for name in FIELDS) + "}\n"
 _BODY: Final = (
     """
 local prefix, index, scope, emb, vector, many, timeout = args[1], args[2], args[3], args[4], args[5], args[6], args[7]
-local farthest, asking = tonumber(args[8]), args[9]
-local now = redis.call('TIME')
-now = tonumber(now[1]) * 1000
-local function size(name)
-  local told, sum = redis.call('HGETALL', name), 0
-  for i = 1, #told, 2 do
-    if tonumber(told[i]) > now then sum = sum + tonumber(told[i + 1]) end
+local farthest, asking, how = tonumber(args[8]), args[9], args[10]
+if how == '' then
+  local now = redis.call('TIME')
+  now = tonumber(now[1]) * 1000
+  local function size(name)
+    local told, sum = redis.call('HGETALL', name), 0
+    for i = 1, #told, 2 do
+      if tonumber(told[i]) > now then sum = sum + tonumber(told[i + 1]) end
+    end
+    return sum
   end
-  return sum
-end
-local held, all = size(prefix .. 'n:' .. scope .. ':' .. emb), size(prefix .. 'n:' .. emb)
-local how = 'HYBRID_POLICY ADHOC_BF'
-if held * held > $GRAPH_FROM * all then
-  how = 'EF_RUNTIME ' .. (all > $MANY and $SEEN_OF_MANY or $SEEN) .. ' HYBRID_POLICY BATCHES'
+  local held, all = size(prefix .. 'n:' .. scope .. ':' .. emb), size(prefix .. 'n:' .. emb)
+  how = 'HYBRID_POLICY ADHOC_BF'
+  if held * held > $GRAPH_FROM * all then
+    how = 'EF_RUNTIME ' .. (all > $MANY and $SEEN_OF_MANY or $SEEN) .. ' HYBRID_POLICY BATCHES'
+  end
 end
 local found = redis.pcall(
   'FT.SEARCH', index, '(@scope:{' .. scope .. '})=>[KNN ' .. many .. ' @vec $v ' .. how .. ' AS d]',
   'PARAMS', '2', 'v', vector, 'RETURN', '1', 'd', 'LIMIT', '0', many, 'TIMEOUT', timeout, 'DIALECT', '2')
-local reply = {asking == '' and {} or redis.call('HGETALL', prefix .. 'b:' .. asking)}
-if found.err then return {reply[1], found.err} end
+local reply = {asking == '' and {} or redis.call('HGETALL', prefix .. 'b:' .. asking), how}
+if found.err then reply[3] = found.err return reply end
 for i = 2, #found, 2 do
   local told = found[i + 1][2]
   local distance = tonumber(told)
   local near = distance and distance <= farthest
-  reply[#reply + 1] = {found[i], told or '', near and redis.call('HGETALL', found[i]) or false}
+  reply[#reply + 1] = {found[i], told or '', near and redis.call('HMGET', found[i], unpack(FIELDS)) or false}
 end
 return reply
 """.replace("$GRAPH_FROM", str(GRAPH_FROM))
@@ -90,12 +98,12 @@ end
 """
 
 # Another version has another name: processes of both may use one Redis.
-NAME: Final = f"aegis_near_{hashlib.sha256(_BODY.encode()).hexdigest()[:12]}"
+NAME: Final = f"aegis_near_{hashlib.sha256((_HEAD + _BODY).encode()).hexdigest()[:12]}"
 LIBRARY: Final = (
-    f"#!lua name={NAME}\nredis.register_function{{function_name='{NAME}', flags={{'no-writes'}}, "
+    f"#!lua name={NAME}\n{_HEAD}redis.register_function{{function_name='{NAME}', flags={{'no-writes'}}, "
     f"callback=function(keys, args)\n{_BODY}\nend}}\n"
 )
-SCRIPT: Final = f"local args = ARGV\n{_BODY}"
+SCRIPT: Final = f"{_HEAD}local args = ARGV\n{_BODY}"
 
 
 @dataclass(slots=True)
@@ -103,13 +111,13 @@ class Found:
     """What a search told.
 
     Attributes:
-        stored: Names and fields of records.
+        stored: Names of records, and the values of their `FIELDS`.
         far: Exact keys and cosines of those that are too far away.
         told: What is noted of the key that asks, as a reply of HGETALL; None if it was not asked for.
         error: Why nothing was found, if the server would not search.
     """
 
-    stored: list[tuple[str, dict[bytes, bytes]]] = field(default_factory=list)
+    stored: list[tuple[str, Sequence[Any]]] = field(default_factory=list)
     far: list[tuple[str, float]] = field(default_factory=list)
     told: Any = None
     error: Exception | None = None
@@ -118,8 +126,10 @@ class Found:
 class ServerSearch:
     """Calls the function in the best way that the server allows: as a function, as a script, or not at all."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._way = "function"
+        self._how: dict[tuple[str, str], tuple[str, float]] = {}
 
     @property
     def possible(self) -> bool:
@@ -128,7 +138,7 @@ class ServerSearch:
 
     def call(
         self, key: str, prefix: str, index: str, scope: str, embedder: str, vector: bytes, many: int, timeout_ms: int,
-        lowest: float, asking: str,
+        lowest: float, asking: str, meanwhile: Callable[[], object] | None = None,
     ) -> Flow[Found]:  # fmt: skip
         """Return what the function has replied; it means nothing unless `possible` still holds.
 
@@ -143,24 +153,32 @@ class ServerSearch:
             timeout_ms: How long the server may search.
             lowest: Lowest cosine of those whose records are told.
             asking: Exact key of the question, or "": then nothing is noted of it.
+            meanwhile: As for `Commands`.
         """
         farthest = f"{1 - lowest + _ROUNDING:.4f}"
-        arguments = (prefix, index, scope, embedder, vector, many, timeout_ms, farthest, asking)
+        how, until_s = self._how.get((scope, embedder), ("", 0.0))
+        if until_s <= (now_s := self._clock()):
+            how = ""
+        arguments = (prefix, index, scope, embedder, vector, many, timeout_ms, farthest, asking, how)
         reply: Any = None
         for _ in range(4):  # a way that is refused is given up for the next
             if not self.possible:
                 break
             if self._way == "function":
-                (reply,) = yield Commands((("FCALL_RO", NAME, 1, key, *arguments),))
+                (reply,) = yield Commands((("FCALL_RO", NAME, 1, key, *arguments),), meanwhile=meanwhile)
                 if isinstance(reply, ResponseError) and "function not found" in str(reply).lower():
                     _, reply = yield Commands(
                         (("FUNCTION", "LOAD", "REPLACE", LIBRARY), ("FCALL_RO", NAME, 1, key, *arguments))
                     )
             else:
-                (reply,) = yield Commands((("EVAL", SCRIPT, 1, key, *arguments),))
+                (reply,) = yield Commands((("EVAL", SCRIPT, 1, key, *arguments),), meanwhile=meanwhile)
             error = reply if isinstance(reply, ResponseError) else _error_in(reply)
             if error is None or not self._refused(error):
                 break
+        if not how and not isinstance(reply, Exception) and len(reply) > 1:
+            if len(self._how) >= _SCOPES_KNOWN:
+                self._how.clear()
+            self._how[scope, embedder] = as_text(reply[1]), now_s + _SIZE_KNOWN_S
         return _read(reply, len(prefix) + 2)
 
     def _refused(self, error: ResponseError) -> bool:
@@ -180,11 +198,12 @@ def _read(reply: Any, start: int) -> Found:
     if isinstance(reply, Exception):
         return Found(error=reply)
     found = Found(told=reply[0], error=_error_in(reply))
-    for name, distance, fields in reply[1:] if found.error is None else ():
-        if fields:
-            found.stored.append((as_text(name), as_pairs(fields)))
-        elif fields is None and distance:
-            found.far.append((as_text(name)[start:], 1 - float(distance)))
+    for name, distance, values in reply[2:] if found.error is None else ():
+        if values is None:
+            if distance:
+                found.far.append((as_text(name)[start:], 1 - float(distance)))
+        elif values[0] is not None:  # else it has expired just now
+            found.stored.append((as_text(name), values))
     return found
 
 
@@ -226,4 +245,4 @@ def index(name: str, start: str, embedder: str, dimensions: int) -> tuple[Any, .
 
 def _error_in(reply: Any) -> ResponseError | None:
     """Return the error that the search itself met, beside which the function has told what is noted."""
-    return ResponseError(as_text(reply[1])) if len(reply) > 1 and isinstance(reply[1], bytes) else None
+    return ResponseError(as_text(reply[2])) if len(reply) > 2 and isinstance(reply[2], bytes) else None

@@ -90,7 +90,7 @@ class Performer:
         """Ask Redis what a lookup that has begun wants to know."""
         asked = time.perf_counter()
         try:
-            begun.replies = self._connections.ask(begun.request, 2)
+            begun.replies = self._connections.ask(begun.request, 2, begun.meanwhile)
         except Unavailable as exc:
             begun.replies = exc
         begun.took_s = time.perf_counter() - asked
@@ -98,7 +98,7 @@ class Performer:
     async def _aask(self, begun: Begun) -> None:
         asked = time.perf_counter()
         try:
-            begun.replies = await self._connections.aask(begun.request, 2)
+            begun.replies = await self._connections.aask(begun.request, 2, begun.meanwhile)
         except Unavailable as exc:
             begun.replies = exc
         begun.took_s = time.perf_counter() - asked

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from redis.exceptions import ResponseError
 
 from langchain_aegis.entries import Record
+from langchain_aegis.profiles import Profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +43,23 @@ class Epochs:
         return f"{self.id}:{self.clock}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Near:
     """A record near a question."""
 
     record: Record
     similarity: float
+    _profile: Profile | Literal[False] | None = field(default=None, init=False)
+
+    @property
+    def profile(self) -> Profile | None:
+        """The profile of the record's question, read once; None if it has none that can be read."""
+        if self._profile is None:
+            try:
+                self._profile = Profile.decode(self.record.profile)
+            except ValueError:
+                self._profile = False
+        return self._profile or None
 
 
 @dataclass(frozen=True, slots=True)

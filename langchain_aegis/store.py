@@ -9,14 +9,14 @@ Names stand in `namespace`, Lua in `scripts`.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any, Final
 
 from langchain_aegis import scripts
 from langchain_aegis.breaker import Unavailable
-from langchain_aegis.entries import FIELDS, Record, unseal, unseal_values
+from langchain_aegis.entries import FIELDS, Record, in_order, unseal_values
 from langchain_aegis.flows import Flow
 from langchain_aegis.links import packed
 from langchain_aegis.namespace import Commands, Invalidation, Namespace, lives, named
@@ -147,7 +147,7 @@ class Store(Namespace):
 
     def nearest(
         self, scope: str, embedder: str, vector: bytes, k: int, epochs: Epochs, timeout_ms: int, *,
-        asking: str | None = None, lowest: float = -2.0,
+        asking: str | None = None, lowest: float = -2.0, meanwhile: Callable[[], object] | None = None,
     ) -> Flow[Nearest]:  # fmt: skip
         """Return at most `k` servable records of `scope`.
 
@@ -160,8 +160,9 @@ class Store(Namespace):
             timeout_ms: How long the server may search.
             asking: Exact key of the question; what is known of it and others is read in the same round trip.
             lowest: Lowest cosine of the records that are returned; of others only keys and cosines are told.
+            meanwhile: As for `Commands`.
         """
-        found = yield from self._of_scope(scope, embedder, vector, k, timeout_ms, asking, lowest)
+        found = yield from self._of_scope(scope, embedder, vector, k, timeout_ms, asking, lowest, meanwhile)
         alive = yield from self._alive(self._unsealed(found.stored, scope, embedder), epochs)
         if epochs.trash and not alive and len(found.stored) == k:
             # Dead records that are not unlinked yet must not hide living ones for long.
@@ -192,7 +193,7 @@ class Store(Namespace):
         while True:
             query = f"*=>[KNN {many} @vec $v EF_RUNTIME 200]"
             stored = (yield from self._search(query, embedder, vector, many, timeout_ms, None)).stored
-            unsealed = [(name, unseal(fields, self._mac_key)) for name, fields in stored]
+            unsealed = [(name, unseal_values(values, self._mac_key)) for name, values in stored]
             records = [r for name, r in unsealed if r is not None and name == self._entry(r.key) and r.emb == embedder]
             records = [r for r in records if tenant is None or tenant in r.sets[:1]]
             alive = yield from self._listed(records, epochs)
@@ -386,10 +387,10 @@ class Store(Namespace):
                 cursor, count = as_text(reply[0]), count + int(reply[1])
         return count
 
-    def _unsealed(self, stored: list[tuple[str, dict[bytes, bytes]]], scope: str, embedder: str) -> list[Record]:
+    def _unsealed(self, stored: list[tuple[str, Sequence[Any]]], scope: str, embedder: str) -> list[Record]:
         records = []
-        for name, fields in stored:
-            record = unseal(fields, self._mac_key)
+        for name, values in stored:
+            record = unseal_values(values, self._mac_key)
             # The query asked for this scope; the signed record must say so too.
             if record is None or name != self._entry(record.key) or record.scope != scope or record.emb != embedder:
                 self.rejected += 1
@@ -398,14 +399,15 @@ class Store(Namespace):
         return records
 
     def _of_scope(
-        self, scope: str, embedder: str, vector: bytes, many: int, timeout_ms: int, asking: str | None, lowest: float
-    ) -> Flow[Found]:
+        self, scope: str, embedder: str, vector: bytes, many: int, timeout_ms: int, asking: str | None, lowest: float,
+        meanwhile: Callable[[], object] | None = None,
+    ) -> Flow[Found]:  # fmt: skip
         if not (yield from self._has_search()):
             return (yield from self._compare(scope, embedder, vector, many, asking, lowest))
         if self._server_search.possible:
             found = yield from self._server_search.call(
                 self._epochs, self.prefix, self._index(embedder), scope, embedder, vector, many, timeout_ms,
-                lowest, asking or "",
+                lowest, asking or "", meanwhile,
             )  # fmt: skip
             if self._server_search.possible:
                 if found.error is not None:
@@ -441,7 +443,7 @@ class Store(Namespace):
             yield from self._index_lost(reply, embedder, vector)
         else:
             rows = zip(reply[1::2], reply[2::2], strict=True)
-            found.stored.extend((as_text(name), as_pairs(fields)) for name, fields in rows if fields)
+            found.stored.extend((as_text(name), in_order(as_pairs(fields))) for name, fields in rows if fields)
         return found
 
     def _index_lost(self, error: Exception, embedder: str, vector: bytes) -> Flow[None]:
@@ -486,7 +488,7 @@ class Store(Namespace):
             return found
         replies = yield Commands(tuple(("HGETALL", self._entry(key)) for key in wanted))
         found.stored.extend(
-            (self._entry(key), as_pairs(r))
+            (self._entry(key), in_order(as_pairs(r)))
             for key, r in zip(wanted, replies, strict=True)
             if r and not isinstance(r, Exception)
         )

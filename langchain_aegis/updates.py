@@ -24,6 +24,7 @@ from langchain_aegis.calibration import Calibration, thresholds
 from langchain_aegis.counts import Counts
 from langchain_aegis.embedder import Embedder
 from langchain_aegis.errors import AegisConfigError
+from langchain_aegis.expected import Expected
 from langchain_aegis.flows import Flow
 from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.home import load_secret
@@ -96,6 +97,7 @@ class Updates:
         self.embedder = embedder
         self.counts = Counts()
         self.scopes = ScopesSeen()
+        self.expected = Expected()
         self.shadow = Shadow(options.shadow_rate) if options.shadow_rate else None
         self.reset()
         reset_after_fork(self)
@@ -333,6 +335,7 @@ class Updates:
         # Of an answer that was not looked up, the question is found in the background: till then its scope is any.
         scope = self.store.prefix if made.unasked else key.scope
         place = self.options.settings.namespace
+        self.expected.stored(key.exact)
         yield Later(partial(self._put, found, made), key.exact, scope, len(made.answer), place)
 
     def _put(self, found: Lookup, made: _Made) -> Flow[None]:

@@ -29,7 +29,7 @@ ORDER = [
     "live", "bounds", "tickets", "tallies", "queues", "admission", "balance", "pools", "progress",
     "bulk", "pulses", "own_errors", "broadcasts", "flights",
     "calls", "forwarding", "servers", "copies", "merging", "turning_away", "kept_streams",
-    "budgets", "embedder", "verifiers", "agreement", "shadow", "reasons", "lookup", "results",
+    "budgets", "embedder", "verifiers", "agreement", "shadow", "reasons", "lookup", "results", "expected",
     "scopes_seen", "cache_options", "reports", "pairs", "calibration", "updates", "engine", "performer", "explain",
     "invalidations", "pipelines", "transfer", "control",
     "lanes", "gathering", "embedding_requests", "embedding_cache", "gathered_embeddings",

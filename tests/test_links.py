@@ -76,6 +76,33 @@ def test_commands_are_answered_in_order_and_errors_are_values(links, made):
     assert len(made) == 1
 
 
+def test_what_is_done_meanwhile_is_done_between_question_and_answer(links, redis_url, made):
+    with redis.Redis.from_url(redis_url) as other:
+        name, seen = f"n{os.urandom(4).hex()}", []
+
+        def meanwhile():
+            while not other.exists(name):  # the question has arrived, and its answer was not read
+                assert other.ping()
+            seen.append(other.get(name))
+            raise ValueError("what it raises means only that it was not done")
+
+        assert links.ask(packed([("SET", name, "1"), ("ECHO", "a")]), 2, meanwhile) == [b"OK", b"a"]
+        other.delete(name)
+    assert seen == [b"1"]
+    assert links.ask(echo("next"), 1) == [b"next"]
+    assert len(made) == 1
+
+
+def test_whoever_is_interrupted_meanwhile_leaves_no_answer_behind(links, made):
+    def meanwhile():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        links.ask(echo("mine"), 1, meanwhile)
+    assert links.ask(echo("next"), 1) == [b"next"]
+    assert len(made) == 2
+
+
 def test_a_late_answer_is_nobody_elses(links, made):
     with pytest.raises((RedisTimeoutError, TimeoutError)):
         links.ask(blocks(), 1)
@@ -187,6 +214,15 @@ async def test_all_callers_of_a_loop_share_one_connection(alinks, made):
     replies = await asyncio.gather(*(alinks.ask(echo(str(i)), 1) for i in range(200)))
     assert replies == [[str(i).encode()] for i in range(200)]
     assert len(made) == 1
+
+
+async def test_nothing_is_done_meanwhile_where_others_wait_too(alinks):
+    done = []
+    asked = [alinks.ask(echo(str(i)), 1, partial(done.append, i)) for i in range(3)]
+    assert await asyncio.gather(*asked) == [[b"0"], [b"1"], [b"2"]]
+    assert done == [0]
+    failing = alinks.ask(echo("a"), 1, lambda: 1 / 0)
+    assert await failing == [b"a"]
 
 
 async def test_whoever_is_cancelled_leaves_the_others_their_answers(alinks, made):

@@ -189,6 +189,8 @@ def searches(kept, of):
 
 
 def test_how_is_searched_depends_on_the_size_of_the_scope(kept):
+    kept.store.search, now = True, [0.0]
+    kept.store._server_search = nearby.ServerSearch(clock=lambda: now[0])
     for i in range(nearby.GRAPH_FROM + 1):
         kept.put(i)
     for i in range(100, 104):
@@ -200,7 +202,11 @@ def test_how_is_searched_depends_on_the_size_of_the_scope(kept):
     for i in range(nearby.GRAPH_FROM + 1, 40):
         kept.put(i)
     (large,) = searches(kept, A)
+    assert "ADHOC_BF" in large  # the size is not asked for with each search
+    now[0] += 1
+    (large,) = searches(kept, A)
     assert "BATCHES" in large
+    now[0] += 1
     kept.redis.hset(f"{kept.namespace}:{{p00}}:n:{A}:{EMB}", mapping=dict.fromkeys(kept.counted(A), 0))
     kept.redis.hset(f"{kept.namespace}:{{p00}}:n:{A}:{EMB}", "1000000000000", 1000)  # of long ago
     (expired,) = searches(kept, A)
