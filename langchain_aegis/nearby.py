@@ -92,7 +92,9 @@ end
 local function unlink(exact)
   local name = prefix .. 'e:' .. exact
   local told = redis.pcall('HMGET', name, 'scope', 'emb', 'created_ms', 'expires_ms')
-  if not told.err and told[4] and told[1] ~= '' then count(told[1], told[2], told[3], told[4], -1) end
+  if not told.err and told[4] and (told[1] or '') ~= '' then
+    count(told[1], told[2] or '', told[3], told[4], -1)  -- what is empty is not written
+  end
   return redis.call('UNLINK', name)
 end
 """

@@ -44,7 +44,7 @@ local function forget(exact, sets, scope, emb)
     if not lived then redis.call('ZREM', prefix .. 'u:' .. thing, exact) end
     lived = lived or listed
   end
-  if scope and scope ~= '' then redis.call('HDEL', prefix .. 'v:' .. scope .. ':' .. emb, exact) end
+  if scope and scope ~= '' then redis.call('HDEL', prefix .. 'v:' .. scope .. ':' .. (emb or ''), exact) end
   return lived or 0
 end
 local function drop(exact)

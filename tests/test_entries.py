@@ -39,6 +39,16 @@ def test_a_record_comes_back_as_it_was():
     assert unseal(stored(), KEY) == RECORD
 
 
+def test_a_field_that_is_empty_is_left_out_and_may_be_there():
+    assert set(stored()) == {name.encode() for name in (
+        "v", "key", "scope", "emb", "created_ms", "expires_ms", "epochs", "answer", "profile", "vec", "src", "task",
+        "mac",
+    )}  # fmt: skip
+    assert unseal({**stored(), b"question": b"", b"digest": b"", b"fresh_ms": b"", b"negative": b""}, KEY) == RECORD
+    assert unseal({**stored(), b"question": b"Who?"}, KEY) is None
+    assert unseal({**stored(), b"negative": b"1"}, KEY) is None
+
+
 def test_unknown_fields_are_ignored_and_another_version_is_a_miss():
     assert unseal({**stored(), b"later": b"x"}, KEY) == RECORD
     assert unseal({**stored(), b"v": b"2"}, KEY) is None

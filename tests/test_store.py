@@ -121,6 +121,16 @@ def test_what_is_put_is_read(kept):
     assert 0 < ttl <= 60_000
 
 
+def test_nothing_of_an_earlier_record_is_left_in_the_next_one(kept):
+    kept.put(name(1), vec=pack(direction(0)), digest="abc", negative=True, question="Who?", task="chat", fresh_ms=NOW)
+    assert kept.put(name(1), scope="", emb="") == "stored"
+    assert kept.read(name(1)).question == ""
+    assert kept.nearest(direction(0)) == []
+    assert kept.put(name(1), emb="") == "stored"  # a scope, but no vector: its embedder was away
+    assert kept.invalidate(["tenant:a"], [["tenant:a"]]) == 1
+    assert kept.sweep() == 1
+
+
 def test_near_records_come_nearest_first(kept):
     for i, angle in enumerate((0.3, 0.1, 0.2)):
         kept.put(name(i), vec=pack(direction(angle)))
