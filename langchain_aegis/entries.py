@@ -53,7 +53,7 @@ class Record:
     Attributes:
         key: The exact key, which is also part of the record's name.
         scope: The scope, or "".
-        fields: Short digests of the scope's fields, "name=hex,...", so that `explain` can say which one differs.
+        fields: Short digests of the scope's parts, see `keys.written_fields`: so `explain` can say which one differs.
         emb: Id of the embedder that made `vec`, or "".
         digest: The model's digest when the answer was made, or "".
         created_ms: Unix time in milliseconds.

@@ -11,7 +11,7 @@ from langchain_aegis.breaker import Unavailable
 from langchain_aegis.engine import Engine
 from langchain_aegis.entries import Record
 from langchain_aegis.flows import Flow
-from langchain_aegis.keys import Key, Who
+from langchain_aegis.keys import Key, Who, read_fields
 from langchain_aegis.lookup import Candidate, Lookup, embed, find, judge
 from langchain_aegis.questions import exact_only_reason
 from langchain_aegis.reasons import explain as reason_of
@@ -122,7 +122,7 @@ def _of_other_scope(candidate: Candidate, record: Record, fields: Mapping[str, s
 
 
 def _differing(fields: Mapping[str, str], record: Record) -> tuple[str, ...]:
-    theirs = dict(part.partition("=")[::2] for part in record.fields.split(",") if part)
+    theirs = read_fields(record.fields)
     return tuple(name for name in {**fields, **theirs} if fields.get(name) != theirs.get(name))
 
 

@@ -420,7 +420,7 @@ class Keyring:
         return self._short({**self._who_fields(who), **model_fields(llm_string), **found})
 
     def _short(self, fields: Mapping[str, Sequence[str | bytes | None]]) -> dict[str, str]:
-        return {name: self._digest(f"field {name}", *values)[:8] for name, values in fields.items()}
+        return {name: self._digest(f"field {name}", *values)[:_SHORT] for name, values in fields.items()}
 
     def _cut(self, text: str) -> str:
         for pattern in self._ignore:
@@ -448,6 +448,29 @@ def _framed(fields: Iterable[str | bytes | None]) -> bytes:
         data = item if isinstance(item, bytes) else item.encode("utf-8", "surrogatepass")
         pieces += len(data).to_bytes(8, "big"), data
     return b"".join(pieces)
+
+
+# The parts of a scope, by what it is the scope of.
+_PARTS = {
+    "p": ("tenant", "user", "task", "model", "options", "tools", "format", "stop", "system", "history", "before",
+          "after", "chunks"),
+    "v": ("tenant", "user", "task", "pipeline", "version"),
+}  # fmt: skip
+_SHORT = 8  # characters of a part's digest
+
+
+def written_fields(fields: Mapping[str, str]) -> str:
+    """Return what `Key.fields` made as it is kept in a record: "p" or "v", and the digests."""
+    kind = next(kind for kind, names in _PARTS.items() if names == tuple(fields))
+    return kind + "".join(fields.values())
+
+
+def read_fields(text: str) -> dict[str, str]:
+    """Return what `written_fields` was given; empty if `text` is nothing of the kind."""
+    names = _PARTS.get(text[:1], ())
+    if len(text) != 1 + _SHORT * len(names):
+        return {}
+    return {name: text[1 + _SHORT * i : 1 + _SHORT * (i + 1)] for i, name in enumerate(names)}
 
 
 def derive(secret: bytes, purpose: str) -> bytes:

@@ -28,7 +28,7 @@ from langchain_aegis.expected import Expected
 from langchain_aegis.flows import Flow
 from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.home import load_secret
-from langchain_aegis.keys import Declined, Key, Keyring, Who
+from langchain_aegis.keys import Declined, Key, Keyring, Who, written_fields
 from langchain_aegis.lookup import LONG, Lookup, Policy, Settle, Work, embed, resolved, take_vector
 from langchain_aegis.notices import warn_once
 from langchain_aegis.questions import exact_only_reason, find_question
@@ -416,7 +416,7 @@ class Updates:
         stale_ms = 0 if negative else min(max(o.stale_while_revalidate_ms, o.stale_if_error_ms), _LONGEST_S * 1000)
         record = entries.Record(
             key=key.exact, scope=key.scope if by_meaning else "", emb=found.embedder if by_meaning else "",
-            fields=",".join(f"{name}={value}" for name, value in key.fields().items()), digest=made.digest,
+            fields=written_fields(key.fields()), digest=made.digest,
             created_ms=created_ms, fresh_ms=fresh_ms if stale_ms else 0, expires_ms=fresh_ms + stale_ms,
             epochs=epochs.stamp(), answer=made.answer, negative=negative,
             profile=found.profile.encode() if by_meaning and found.profile is not None else b"",

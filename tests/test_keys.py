@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from langchain_core.load import dumps
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 
-from langchain_aegis.keys import Declined, Keyring, Who
+from langchain_aegis.keys import Declined, Keyring, Who, read_fields, written_fields
 from langchain_aegis.model_parts import parse_llm_string
 from langchain_aegis.questions import Labels
 
@@ -286,3 +286,10 @@ def test_own_labels_replace_the_built_in_ones():
     ring = Keyring(SECRET, labels=Labels(question=("Ask Me",), other=("facts",), tags=("ask",)))
     assert key(HumanMessage("Facts: one.\n**ask me:** How far?\nFacts: two."), ring=ring).question == "How far?"
     assert key(HumanMessage("One.\n\nQuestion: How far?"), ring=ring).exact_only == "no_question"
+
+
+def test_the_digests_of_a_scopes_parts_are_written_and_read():
+    for made in (key(*BASE), RING.for_pipeline("How long?", Who(), pipeline="p", version="1")):
+        fields = made.fields()
+        assert read_fields(written_fields(fields)) == fields
+    assert read_fields("") == read_fields("p0123") == read_fields("x" * 105) == {}
