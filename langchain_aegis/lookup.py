@@ -242,6 +242,9 @@ def find(
         if begun is None and not (yield from _written(until, key.exact)):
             raise Unavailable("redis_slow")  # which could not take it in that time, and would not be read from sooner
         yield from _exact(found, store, policy, now_ms(), begun)
+        # An answer may have come while Redis was asked: whoever made it has left, so there is nobody to join.
+        if found.record is None and not found.reasons and (yield from _arrived(until, key.exact)):
+            yield from _exact(found, store, policy, now_ms(), None)
         if found.record is None:
             yield from resolved(key)
             yield from _written(until, key.scope, store.prefix)
@@ -267,6 +270,11 @@ def _written(until: float, *names: str) -> Flow[bool]:
             if not done.done():
                 return False
     return True
+
+
+def _arrived(until: float, exact: str) -> Flow[bool]:
+    """Return whether an answer to a key was on its way to Redis and is there now."""
+    return the_writer.pending(exact) is not None and (yield from _written(until, exact))
 
 
 def resolved(key: Key) -> Flow[None]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import contextvars
 import os
 import subprocess
 import sys
@@ -172,6 +173,26 @@ async def test_a_cancelled_lookup_does_not_cancel_the_write_it_waits_for(redis_u
             await asyncio.sleep(0.01)
             waiting.cancel()
         assert text_of(await cache.alookup(prompt(BOOK), MODEL)) == "28 days"
+
+
+def test_an_answer_that_comes_while_redis_is_asked_is_found(make_cache, monkeypatch):
+    """Whoever made it has left by then: nobody else's answer could be joined, and the model would be asked again."""
+    cache = make_cache(op_budget_s=5)
+    cache.lookup(prompt("Is it open?"), MODEL)
+    text = prompt("Translate into German: The library is open.")  # by meaning it is not found
+    connections, ask, aask = (one := cache.cache._connections), one.ask, one.aask
+
+    def comes(replies):
+        monkeypatch.undo()
+        contextvars.Context().run(cache.cache.update, text, MODEL, chat("Die Bibliothek ist offen."))
+        return replies
+
+    async def asked(*request):
+        return comes(await aask(*request))
+
+    monkeypatch.setattr(connections, "ask", lambda *request: comes(ask(*request)))
+    monkeypatch.setattr(connections, "aask", asked)
+    assert text_of(cache.lookup(text, MODEL)) == "Die Bibliothek ist offen."
 
 
 @pytest.mark.parametrize("closes", [True, False])
