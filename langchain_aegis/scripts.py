@@ -82,6 +82,9 @@ local function list()
 end
 local things, sets, outs, fields = list(), list(), list(), list()
 if redis.call('HGET', epochs, 'id') ~= ARGV[3] then return 'lost' end
+-- Changes nothing, but is refused by a server that is full. It must come first: once a script has removed something,
+-- the server lets it write, full or not.
+redis.call('HSETNX', epochs, 'id', ARGV[3])
 for _, thing in ipairs(things) do
   local mark = redis.call('HGET', epochs, thing)
   if mark and tonumber(mark) > clock then return 'invalidated' end

@@ -149,6 +149,7 @@ def test_another_scope_or_embedder_is_never_found(kept):
     assert [n.record.key for n in kept.nearest(direction(0), embedder="ffff0000")] == [name(3)]
 
 
+@pytest.mark.row(27)
 def test_forged_records_are_not_served_and_counted(kept):
     kept.put(name(1), vec=pack(direction(0)), answer=b'{"a":1}')
     entry = f"{kept.namespace}:{{p00}}:e:{name(1)}"
@@ -158,6 +159,7 @@ def test_forged_records_are_not_served_and_counted(kept):
     assert kept.store.rejected == 2
 
 
+@pytest.mark.row(29)
 def test_a_record_copied_to_another_name_is_not_served(kept):
     kept.put(name(1), vec=pack(direction(0)))
     kept.redis.copy(f"{kept.namespace}:{{p00}}:e:{name(1)}", f"{kept.namespace}:{{p00}}:e:{name(2)}")
@@ -165,12 +167,14 @@ def test_a_record_copied_to_another_name_is_not_served(kept):
     assert [n.record.key for n in kept.nearest(direction(0))] == [name(1)]
 
 
+@pytest.mark.row(29)
 def test_a_rewritten_vector_does_not_point_an_answer_at_another_question(kept):
     kept.put(name(1), vec=pack(direction(1.5)))
     kept.redis.hset(f"{kept.namespace}:{{p00}}:e:{name(1)}", "vec", pack(direction(0)))
     assert kept.nearest(direction(0)) == []
 
 
+@pytest.mark.row(17)
 def test_other_types_under_our_names_are_a_miss(kept):
     kept.put(name(1))
     kept.redis.delete(f"{kept.namespace}:{{p00}}:e:{name(1)}")
@@ -230,6 +234,7 @@ def test_clear_removes_this_namespace_and_no_other(kept, any_redis):
     other.close()
 
 
+@pytest.mark.row(13)
 def test_what_began_before_the_server_was_emptied_is_not_stored(kept):
     before = kept.epochs()
     kept.put(name(1))
@@ -239,6 +244,7 @@ def test_what_began_before_the_server_was_emptied_is_not_stored(kept):
     assert kept.put(name(1)) == "stored"
 
 
+@pytest.mark.row(30)
 def test_an_old_record_restored_into_a_new_incarnation_is_not_served(kept):
     kept.put(name(1))
     entry = f"{kept.namespace}:{{p00}}:e:{name(1)}"
@@ -249,6 +255,7 @@ def test_an_old_record_restored_into_a_new_incarnation_is_not_served(kept):
     assert kept.read(name(1)) is None
 
 
+@pytest.mark.row(14)
 def test_the_index_comes_back_after_it_was_dropped(kept):
     kept.put(name(1), vec=pack(direction(0)))
     if kept.store.search:
@@ -263,6 +270,7 @@ def test_the_index_comes_back_after_it_was_dropped(kept):
 
 
 @pytest.mark.parametrize("any_redis", ["plain"], indirect=True)
+@pytest.mark.row(16)
 def test_without_search_the_newest_vectors_of_a_scope_are_compared(any_redis):
     kept = Kept(any_redis.url)
     epochs = kept.epochs()
@@ -298,6 +306,7 @@ def test_another_secret_is_noticed_and_its_entries_cannot_be_invalidated_from_he
     stranger.close()
 
 
+@pytest.mark.row(7, 8)
 def test_a_server_that_refuses_writes_costs_nothing_but_the_entry(kept):
     class Refusing:
         def perform(self, step):
@@ -331,6 +340,23 @@ async def test_the_same_flows_run_awaited(any_redis):
     kept.close()
 
 
+@pytest.mark.row(7)
+def test_a_server_that_is_full_takes_nothing_also_where_something_would_be_replaced(kept):
+    """Once a script has removed something, the server lets it write, full or not."""
+    assert kept.put(name(1)) == "stored"
+    kept.redis.config_set("maxmemory-policy", "noeviction")
+    kept.redis.config_set("maxmemory", 1)
+    try:
+        for number in (1, 2):
+            assert kept.put(name(number), answer=b"new") == "failed"
+        assert kept.read(name(1)).answer == b"{}"
+        assert kept.entries() == {name(1)}
+    finally:
+        kept.redis.config_set("maxmemory", 0)
+        kept.redis.config_set("maxmemory-policy", "volatile-lru")
+
+
+@pytest.mark.row(1)
 async def test_a_server_that_is_not_there_is_said_and_then_left_alone(tmp_path):
     connections = Connections(f"unix://{tmp_path}/none.sock")
     step = Commands((("PING",),))
