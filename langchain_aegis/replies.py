@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from redis.exceptions import ResponseError
@@ -142,3 +143,25 @@ def is_missing_index(error: Exception) -> bool:
 def is_unknown_command(error: Exception) -> bool:
     """Say whether the server does not know a command."""
     return isinstance(error, ResponseError) and "unknown command" in str(error).lower()
+
+
+def is_other_index(told: Any, dimensions: int) -> bool:
+    """Say whether FT.INFO describes an index of other vectors than ours; no, if it does not say.
+
+    Args:
+        told: Its reply.
+        dimensions: Of our vectors.
+    """
+    if isinstance(told, Exception):
+        return False
+    words = [word.lower() for word in _words(told)]
+    expected = {"dim": str(dimensions), "data_type": "float16", "distance_metric": "cosine"}
+    return any(word in expected and following != expected[word] for word, following in pairwise(words))
+
+
+def _words(told: Any) -> Iterator[str]:
+    for part in told:
+        if isinstance(part, (list, tuple)):
+            yield from _words(part)
+        else:
+            yield as_text(part)

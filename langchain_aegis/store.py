@@ -18,9 +18,10 @@ from langchain_aegis import scripts
 from langchain_aegis.breaker import Unavailable
 from langchain_aegis.entries import FIELDS, Record, in_order, unseal_values
 from langchain_aegis.flows import Flow
+from langchain_aegis.indexes import SCOPE_VECTORS, Indexed
 from langchain_aegis.links import packed
-from langchain_aegis.namespace import Commands, Invalidation, Namespace, lives, named
-from langchain_aegis.nearby import Found, ServerSearch, index, most_similar, ranked
+from langchain_aegis.namespace import Commands, Invalidation, lives, named
+from langchain_aegis.nearby import Found, most_similar, ranked
 from langchain_aegis.notices import warn_once
 from langchain_aegis.replies import (
     Epochs,
@@ -31,15 +32,12 @@ from langchain_aegis.replies import (
     as_pairs,
     as_text,
     error_kind,
-    is_missing_index,
-    is_unknown_command,
     raise_error,
 )  # fmt: skip
 
 __all__ = ["SCOPE_VECTORS", "Commands", "Epochs", "Invalidation", "Listed", "Near", "Nearest", "Store", "Swept"]
 
 
-SCOPE_VECTORS: Final = 2_000  # without search: so many vectors of a scope are compared, the newest
 _COUNTED_AT_ONCE: Final = 250  # entries; a millisecond of the server's only thread
 _DROPPED_AT_ONCE: Final = 8  # unlinking an indexed vector costs it about half a millisecond
 _SWEEP_US: Final = 500
@@ -47,7 +45,7 @@ _LOCK_MS: Final = 10_000
 _DIGITS: Final = 32  # of an exact key
 
 
-class Store(Namespace):
+class Store(Indexed):
     """Flows over one namespace.
 
     Args:
@@ -58,10 +56,7 @@ class Store(Namespace):
 
     def __init__(self, namespace: str, mac_key: bytes, fingerprint: str) -> None:
         super().__init__(namespace, mac_key, fingerprint)
-        self.search: bool | None = None  # not known before the first use
         self.rejected = 0  # records that were damaged, forged, or of somebody else
-        self._indexes: set[str] = set()  # those known to exist
-        self._server_search = ServerSearch()
         # The request for a record, around its key, whose length is always the same.
         begins, ends = packed([("HMGET", self._entry("0" * _DIGITS), *FIELDS)]).rsplit(b"0" * _DIGITS, 1)
         self._read_begins, self._read_ends = begins, ends
@@ -416,20 +411,6 @@ class Store(Namespace):
         query = f"(@scope:{{{scope}}})=>[KNN {many} @vec $v]"  # how it goes through the index, the server guesses
         return (yield from self._search(query, embedder, vector, many, timeout_ms, asking))
 
-    def _has_search(self) -> Flow[bool]:
-        if self.search is None:
-            (reply,) = yield Commands((("FT._LIST",),))
-            if isinstance(reply, Exception):
-                self.search = False
-                warn_once(
-                    "no_search",
-                    f"this Redis has no search ({error_kind(reply)}): the semantic tier compares the newest "
-                    f"{SCOPE_VECTORS} questions of a scope itself. Redis 8 or Redis Stack has it",
-                )
-            else:
-                self.search = True
-        return self.search
-
     def _search(
         self, query: str, embedder: str, vector: bytes, many: int, timeout_ms: int, asking: str | None
     ) -> Flow[Found]:
@@ -445,31 +426,6 @@ class Store(Namespace):
             rows = zip(reply[1::2], reply[2::2], strict=True)
             found.stored.extend((as_text(name), in_order(as_pairs(fields))) for name, fields in rows if fields)
         return found
-
-    def _index_lost(self, error: Exception, embedder: str, vector: bytes) -> Flow[None]:
-        """Make the index again if a search says that it is gone; what is there is indexed in the background."""
-        if is_missing_index(error):  # emptied or restarted
-            self._indexes.discard(embedder)
-            yield from self._ensure_index(embedder, len(vector) // 2)
-        elif is_unknown_command(error):
-            self._forget_server()
-
-    def _forget_server(self) -> None:
-        """Learn anew what the server can: another one answers now."""
-        self.search, self._server_search = None, ServerSearch()
-
-    def _ensure_index(self, embedder: str, dimensions: int) -> Flow[None]:
-        if embedder in self._indexes:
-            return
-        (reply,) = yield Commands((index(self._index(embedder), f"{self.prefix}e:", embedder, dimensions),))
-        if not isinstance(reply, Exception) or "already exists" in str(reply).lower():
-            self._indexes.add(embedder)
-        elif is_unknown_command(reply):
-            self._forget_server()
-        else:
-            warn_once(
-                "no_index", f"the search index cannot be made ({error_kind(reply)}): only exact repeats are answered"
-            )
 
     def _compare(
         self, scope: str, embedder: str, vector: bytes, many: int, asking: str | None, lowest: float

@@ -21,7 +21,7 @@ ORDER = [
     "_compat", "tuning", "messages", "lexicon", "tokens", "profiles", "verification", "tasks", "questions", "identity",
     "options", "chunks", "model_parts", "keys",
     "entries", "answers", "replays", "hits", "vectors",
-    "replies", "namespace", "nearby", "scripts", "links", "store", "connections", "sweeper", "writes",
+    "replies", "namespace", "nearby", "indexes", "scripts", "links", "store", "connections", "sweeper", "writes",
     "counts", "telemetry",
     "attempts", "refusals", "ndjson", "client", "endpoint",
     "wakers", "reloads", "overflow", "warming",

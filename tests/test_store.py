@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import redis
+from conftest import wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ from langchain_aegis.connections import Connections
 from langchain_aegis.entries import Record
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flows import arun, run
+from langchain_aegis.notices import forget_warnings
 from langchain_aegis.store import SCOPE_VECTORS, Commands, Invalidation, Store
 from langchain_aegis.vectors import pack
 
@@ -354,6 +356,58 @@ def test_a_server_that_is_full_takes_nothing_also_where_something_would_be_repla
     finally:
         kept.redis.config_set("maxmemory", 0)
         kept.redis.config_set("maxmemory-policy", "volatile-lru")
+
+
+@pytest.mark.row(14)
+def test_of_many_that_find_the_index_gone_one_makes_it(kept, any_redis):
+    if not any_redis.has_search:
+        pytest.skip("there is no index")
+    kept.put(name(1), vec=pack(direction(0.0)))
+    kept.redis.execute_command("FT.DROPINDEX", kept.store._index(EMB))
+    epochs = kept.epochs()
+    asking = [kept.store.nearest(SCOPE, EMB, pack(direction(0.0)), 5, epochs, 1_000) for _ in range(20)]
+    steps = [kept.connections.perform(next(flow)) for flow in asking]  # all are told before one goes on
+    made = []
+    for flow, replies in zip(asking, steps, strict=True):
+        try:
+            while True:
+                step = flow.send(replies)
+                made += [command for command in step.each if command[0] == "FT.CREATE"]
+                replies = kept.connections.perform(step)
+        except StopIteration:
+            pass
+    assert len(made) == 1
+    assert [near.record.key for near in kept.nearest(direction(0.0))] == [name(1)]
+    # If it goes again, it is made again.
+    kept.redis.execute_command("FT.DROPINDEX", made[0][1])
+    wait_until(lambda: kept.nearest(direction(0.0)), what="the index")
+
+
+@pytest.mark.row(15)
+def test_an_index_of_somebody_else_is_left_alone_and_told_of_once(kept, any_redis, caplog):
+    if not any_redis.has_search:
+        pytest.skip("there is no index")
+    forget_warnings()
+    foreign = kept.store._index(EMB)
+    kept.redis.execute_command(
+        "FT.CREATE", foreign, "ON", "HASH", "PREFIX", 1, f"{kept.namespace}:", "SCHEMA", "scope", "TAG",
+        "vec", "VECTOR", "FLAT", 6, "TYPE", "FLOAT32", "DIM", 7, "DISTANCE_METRIC", "L2",
+    )  # fmt: skip
+    for number in range(3):
+        assert kept.put(name(number), vec=pack(direction(0.0))) == "stored"
+        assert kept.read(name(number)) is not None
+    assert kept.nearest(direction(0.0)) == []
+    told = [r.getMessage() for r in caplog.records]
+    assert len(told) == 1 and told[0].startswith("foreign_index")
+    kept.redis.execute_command("FT.DROPINDEX", foreign)
+    # An index of ours is not taken for another's by a process that did not make it.
+    forget_warnings()
+    kept.put(name(1), vec=pack(direction(0.0)))
+    other = Kept(any_redis.url, namespace=kept.namespace)
+    wait_until(lambda: kept.nearest(direction(0.0)), what="the index")
+    other.put(name(2), vec=pack(direction(0.0)))
+    assert not [r for r in caplog.records[1:] if "foreign_index" in r.getMessage()]
+    other.close()
 
 
 @pytest.mark.row(1)
