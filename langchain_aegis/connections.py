@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
+from ipaddress import ip_address
 from typing import Any
 
 import hiredis
@@ -144,9 +148,11 @@ class Connections:
         kind = _connection_class(arguments, redis.Connection, redis.SSLConnection, redis.UnixDomainSocketConnection)
         make = partial(kind, **arguments)
         try:
-            make()  # unconnected: only checks the arguments
+            made = make()  # unconnected: only checks the arguments
         except TypeError as exc:
             raise AegisConfigError(f"redis_kwargs: {exc}") from exc
+        if _has_name(getattr(made, "host", None)):
+            make = partial(_connected, make, self._budget_s)
         return Links(make, self._size, self._budget_s)
 
     def _make_async(self) -> AsyncLinks:
@@ -190,6 +196,46 @@ def _connection_class(arguments: dict[str, Any], plain: type, tls: type, unix: t
     if "path" in arguments or "Unix" in name:
         return unix
     return tls if "SSL" in name else plain
+
+
+def _has_name(host: Any) -> bool:
+    """Return whether an address must be looked up by the system, which may take seconds and knows no timeout."""
+    if not isinstance(host, str) or host == "localhost":
+        return False
+    with contextlib.suppress(ValueError):
+        ip_address(host.partition("%")[0])
+        return False
+    return True
+
+
+def _connected(make: Callable[[], Any], budget_s: float) -> Any:
+    """Return a connection that is connected, in a thread: the caller waits for it no longer than the budget.
+
+    Raises what `connect` raises, and RedisTimeoutError.
+    """
+    connection: Any = make()
+    done: Future[None] = Future()
+
+    def connect() -> None:
+        try:
+            connection.connect()
+        except BaseException as exc:  # whoever waits decides what it means
+            with contextlib.suppress(InvalidStateError):
+                done.set_exception(exc)
+        else:
+            try:
+                done.set_result(None)
+            except InvalidStateError:  # nobody waits any longer
+                connection.disconnect()
+
+    threading.Thread(target=connect, name="aegis-connect", daemon=True).start()
+    try:
+        done.result(budget_s)
+    except FutureTimeoutError as exc:
+        if done.cancel():
+            raise RedisTimeoutError("Redis was not found in time") from exc
+        done.result()
+    return connection
 
 
 _living: weakref.WeakSet[Connections] = weakref.WeakSet()

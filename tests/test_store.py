@@ -2,6 +2,8 @@
 
 import math
 import random
+import socket
+import threading
 import uuid
 from dataclasses import replace
 
@@ -408,6 +410,43 @@ def test_an_index_of_somebody_else_is_left_alone_and_told_of_once(kept, any_redi
     other.put(name(2), vec=pack(direction(0.0)))
     assert not [r for r in caplog.records[1:] if "foreign_index" in r.getMessage()]
     other.close()
+
+
+@pytest.mark.row(18)
+@pytest.mark.parametrize("host", ["slow.invalid", "127.0.0.1"])
+def test_a_host_whose_name_takes_long_to_be_found_holds_nobody_up(monkeypatch, host):
+    """The resolver of the system blocks for seconds when its server is away; no name, no resolver."""
+    looked_up, go = [], threading.Event()
+
+    def slow(*_, **__):
+        looked_up.append(threading.current_thread())
+        go.wait(30)
+        raise socket.gaierror(socket.EAI_AGAIN, "not now")
+
+    if host == "slow.invalid":
+        monkeypatch.setattr(socket, "getaddrinfo", slow)
+    connections = Connections(f"redis://{host}:1", budget_s=0.05)
+    for _ in range(5):
+        with pytest.raises(Unavailable, match="redis_slow" if looked_up or host == "slow.invalid" else "redis_down"):
+            connections.perform(Commands((("PING",),)))
+    assert connections.breaker.open
+    assert threading.main_thread() not in looked_up
+    go.set()
+    for thread in looked_up:
+        thread.join(10)
+
+
+@pytest.mark.row(18)
+def test_a_server_is_found_by_its_name(redis_url):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connections = Connections(f"redis://{socket.gethostname()}.localhost:{listener.getsockname()[1]}", budget_s=5)
+        try:
+            socket.getaddrinfo(f"{socket.gethostname()}.localhost", 1)
+        except OSError:
+            pytest.skip("this system finds no name but localhost")
+        threading.Thread(target=lambda: listener.accept()[0].sendall(b"+PONG\r\n")).start()
+        assert connections.perform(Commands((("PING",),))) == [b"PONG"]
+        connections.close()
 
 
 @pytest.mark.row(1)
