@@ -62,30 +62,49 @@ class Link:
         self._poll.register(sock, select.POLLIN)
         self.used_s = time.monotonic()
 
-    def ask(self, request: bytes, count: int, meanwhile: Callable[[], object] | None = None) -> list[Any]:
-        """Send what `packed` returned and return so many replies; after an exception, `close` it."""
+    def ask(
+        self, request: bytes, count: int, meanwhile: Callable[[], object] | None = None, until_s: float | None = None
+    ) -> list[Any]:
+        """Send what `packed` returned and return so many replies; after an exception, `close` it.
+
+        Args:
+            request: What is sent.
+            count: Number of replies.
+            meanwhile: What is done until they come.
+            until_s: When it is too late, in monotonic seconds; default: as long from now as the connection waits.
+        """
         sock, reader, buffer = self._sock, self._reader, self._buffer
+        if hurried := until_s is not None:
+            self._hurry(until_s)
+        else:
+            until_s = time.monotonic() + self._timeout_s
         sock.sendall(request)
         if meanwhile is not None:
             _try(meanwhile)
         replies: list[Any] = []
-        late_s = 0.0
         while True:
             if not (size := sock.recv_into(buffer)):
                 raise RedisConnectionError("Redis closed the connection")
             reader.feed(buffer, 0, size)
             while (reply := reader.gets()) is not False:
                 replies.append(reply)
-            now_s = time.monotonic()
             if len(replies) >= count:
                 break
-            late_s = late_s or now_s + self._timeout_s
-            if now_s > late_s:  # it answers, but drop by drop
-                raise RedisTimeoutError("Redis did not answer in time")
+            hurried = True  # it answers, but drop by drop
+            self._hurry(until_s)
+        if hurried:
+            sock.settimeout(self._connection.socket_timeout)
+        now_s = time.monotonic()
         if len(replies) != count or reader.has_data():
             raise RedisConnectionError("Redis answered what was not asked")
         self.used_s = now_s
         return replies
+
+    def _hurry(self, until_s: float) -> None:
+        """Wait for what comes next no longer than until then. Raises RedisTimeoutError if that has passed."""
+        if (left_s := until_s - time.monotonic()) <= 0:
+            raise RedisTimeoutError("Redis did not answer in time")
+        self._sock.settimeout(left_s if left_s < self._timeout_s else self._connection.socket_timeout)
 
     def is_stale(self) -> bool:
         """Return whether the server has closed the connection, or sent something unasked."""
@@ -124,15 +143,19 @@ class Links:
 
         `meanwhile` is done until they come, see `Commands`. Raises RedisError or OSError.
         """
+        until_s = None
         try:
             link = self._free.pop()
         except IndexError:
-            link = self._another()
+            until_s = time.monotonic() + self._wait_s  # for both: a connection, and the replies
+            link = self._another(until_s)
+            # Too little time would only cost a connection that is well.
+            until_s = max(until_s, time.monotonic() + self._wait_s / 5)
         try:
             if link.is_stale():
                 link.close()
                 link = Link(self._make())
-            replies = link.ask(request, count, meanwhile)
+            replies = link.ask(request, count, meanwhile, until_s)
         except BaseException:  # a KeyboardInterrupt too
             link.close()
             self._lost()
@@ -153,18 +176,18 @@ class Links:
                 self._free.pop().close()
                 self._lost()
 
-    def _another(self) -> Link:
-        until_s = time.monotonic() + self._wait_s
+    def _another(self, until_s: float) -> Link:
         with self._changed:
             self._waiting += 1
             try:
                 while True:
                     with contextlib.suppress(IndexError):
                         return self._free.pop()
-                    if self._count < self._most:
+                    left_s = until_s - time.monotonic()
+                    if self._count < self._most and left_s > 0:
                         self._count += 1
                         break
-                    if not self._changed.wait(until_s - time.monotonic()):
+                    if left_s <= 0 or not self._changed.wait(left_s):
                         raise RedisTimeoutError("all connections to Redis are in use")
             finally:
                 self._waiting -= 1

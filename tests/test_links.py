@@ -1,8 +1,10 @@
 """Each caller gets the answer to what it asked, whatever becomes of the others and of the server."""
 
 import asyncio
+import contextlib
 import gc
 import os
+import socket
 import threading
 import time
 import warnings
@@ -15,7 +17,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from langchain_aegis.links import AsyncLinks, Links, packed
+from langchain_aegis.links import AsyncLinks, Link, Links, packed
 
 BUDGET_S = 0.1
 
@@ -103,6 +105,7 @@ def test_whoever_is_interrupted_meanwhile_leaves_no_answer_behind(links, made):
     assert len(made) == 2
 
 
+@pytest.mark.row(3)
 def test_a_late_answer_is_nobody_elses(links, made):
     with pytest.raises((RedisTimeoutError, TimeoutError)):
         links.ask(blocks(), 1)
@@ -110,6 +113,7 @@ def test_a_late_answer_is_nobody_elses(links, made):
     assert len(made) == 2
 
 
+@pytest.mark.row(26)
 def test_more_answers_than_were_asked_for_end_the_connection(links, made):
     with pytest.raises(RedisConnectionError, match="not asked"):
         links.ask(packed([("ECHO", "mine"), ("ECHO", "nobody's")]), 1)
@@ -145,6 +149,7 @@ def test_threads_share_a_few_connections(links, made):
     assert links._count == len(links._free) == len(made)
 
 
+@pytest.mark.row(12)
 def test_who_finds_all_connections_in_use_waits_for_one_and_not_for_ever(redis_url):
     pool = redis.ConnectionPool.from_url(redis_url, protocol=2, socket_timeout=5)
     one = Links(pool.make_connection, most=1, wait_s=5)
@@ -166,6 +171,56 @@ def test_who_finds_all_connections_in_use_waits_for_one_and_not_for_ever(redis_u
     one.close()
 
 
+@pytest.mark.row(12)
+def test_who_waited_for_a_connection_has_the_rest_of_the_time_for_the_answer(redis_url):
+    """Half of 64 threads would wait twice as long as the budget for a Redis that is frozen."""
+    pool = redis.ConnectionPool.from_url(redis_url, protocol=2, socket_timeout=1)
+    one = Links(pool.make_connection, most=1, wait_s=1)
+    one.ask(echo("open"), 1)
+    blocked = threading.Thread(target=one.ask, args=(blocks(0.6), 1))
+    blocked.start()
+    while one._free:
+        time.sleep(0.001)
+    asked = []
+    real = Link._hurry
+    try:
+        Link._hurry = lambda link, until_s: asked.append(until_s - time.monotonic()) or real(link, until_s)
+        assert one.ask(echo("in turn"), 1) == [b"in turn"]
+    finally:
+        Link._hurry = real
+    blocked.join()
+    assert len(asked) == 1 and 0.1 < asked[0] < 0.7
+    assert one.ask(echo("next"), 1) == [b"next"]
+    assert one._free[0]._sock.gettimeout() == 1  # as before
+    one.close()
+
+
+@pytest.mark.row(24)
+def test_a_reply_that_comes_drop_by_drop_is_given_up_in_time():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip():
+            client, _ = listener.accept()
+            with client, contextlib.suppress(OSError):
+                client.recv(100)
+                client.sendall(b"$9\r\n")
+                while True:
+                    client.sendall(b"x")
+                    time.sleep(0.15)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        make = partial(redis.Connection, port=listener.getsockname()[1], protocol=2, driver_info=None, socket_timeout=1)
+        dripping = Links(make, most=1, wait_s=1)
+        began = time.monotonic()
+        with pytest.raises((RedisTimeoutError, TimeoutError)):
+            dripping.ask(echo("x"), 1)
+        assert time.monotonic() - began >= 0.99
+        assert dripping._count == 0
+        dripping.close()
+        thread.join(10)
+
+
 def test_a_connection_that_is_in_use_while_all_are_closed_is_closed_when_it_comes_back(redis_url, open_descriptors):
     gc.collect()
     before = open_descriptors()
@@ -183,6 +238,7 @@ def test_a_connection_that_is_in_use_while_all_are_closed_is_closed_when_it_come
     assert open_descriptors() == before
 
 
+@pytest.mark.row(10)
 def test_a_server_that_is_loading_is_no_answer(links, monkeypatch):
     links.ask(echo("open"), 1)
     link = links._free[0]
@@ -225,6 +281,7 @@ async def test_nothing_is_done_meanwhile_where_others_wait_too(alinks):
     assert await failing == [b"a"]
 
 
+@pytest.mark.row(25)
 async def test_whoever_is_cancelled_leaves_the_others_their_answers(alinks, made):
     await alinks.ask(echo("open"), 1)
     for seed in range(20):
@@ -240,6 +297,7 @@ async def test_whoever_is_cancelled_leaves_the_others_their_answers(alinks, made
     assert len(made) == 1
 
 
+@pytest.mark.row(25)
 async def test_whoever_is_cancelled_while_it_connects_leaves_the_others_the_connection(alinks, made):
     first, second = (asyncio.ensure_future(alinks.ask(echo(t), 1)) for t in ("first", "second"))
     await asyncio.sleep(0)
@@ -248,6 +306,7 @@ async def test_whoever_is_cancelled_while_it_connects_leaves_the_others_the_conn
     assert len(made) == 1
 
 
+@pytest.mark.row(3)
 async def test_a_server_that_says_nothing_is_left(alinks, made):
     await alinks.ask(echo("open"), 1)
     told = await asyncio.gather(alinks.ask(blocks(5), 1), alinks.ask(echo("behind"), 1), return_exceptions=True)
@@ -273,6 +332,7 @@ async def test_a_slow_answer_is_given_up_and_the_next_ones_are_still_right(alink
     assert len(made) == 1
 
 
+@pytest.mark.row(26)
 async def test_an_answer_to_nothing_ends_the_connection(alinks, made):
     await alinks.ask(echo("open"), 1)
     assert await alinks.ask(packed([("ECHO", "mine"), ("ECHO", "nobody's")]), 1) == [b"mine"]
@@ -289,6 +349,7 @@ async def test_an_idle_connection_that_was_closed_is_made_anew(alinks, redis_url
     assert len(made) == 2
 
 
+@pytest.mark.row(23)
 async def test_a_connection_that_breaks_tells_all_that_wait(alinks, redis_url):
     (identity,) = await alinks.ask(packed([("CLIENT", "ID")]), 1)
     waiting = [asyncio.ensure_future(alinks.ask(blocks(), 1)) for _ in range(5)]
