@@ -145,8 +145,9 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
         if redis_kwargs is not None and not isinstance(redis_kwargs, Mapping):
             raise AegisConfigError(f"redis_kwargs must map names to values, got {type(redis_kwargs).__name__}")
         connections = Connections(
-            self.settings.redis_url, client=redis, budget_s=self.settings.op_budget_s, kwargs=redis_kwargs
-        )
+            self.settings.redis_url, client=redis, budget_s=self.settings.op_budget_s, kwargs=redis_kwargs,
+            max_entry_bytes=self.settings.max_entry_bytes, k=k if isinstance(k, int) else 1,
+        )  # fmt: skip
         self._given = embeddings
         options = Options.checked(
             settings=self.settings,

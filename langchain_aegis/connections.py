@@ -24,7 +24,7 @@ from redis.retry import Retry
 
 from langchain_aegis.breaker import Breaker, Unavailable
 from langchain_aegis.errors import AegisConfigError
-from langchain_aegis.links import AsyncLinks, Links, packed
+from langchain_aegis.links import AsyncLinks, Links, TooLarge, packed
 from langchain_aegis.loops import PerLoop
 from langchain_aegis.notices import warn_once
 from langchain_aegis.settings import redact_url
@@ -35,6 +35,8 @@ _NEVER_TAKEN_OVER = (
     "retry", "retry_on_error", "retry_on_timeout", "parser_class", "encoder_class", "event_dispatcher", "lib_name",
     "lib_version", "maint_notifications_config", "maint_notifications_pool_handler", "redis_connect_func",
 )  # fmt: skip
+_BESIDE_ANSWER = 2 * 1024 * 1024  # bytes of an entry beside its answer, far more than there are
+_BESIDE_ANSWERS = 20 * 1024 * 1024  # of a reply to a search; where there is none, it holds 2,000 vectors
 _SCHEMES = ("redis://", "rediss://", "unix://")
 
 
@@ -47,6 +49,8 @@ class Connections:
         budget_s: How long one round trip may take; a slower one counts as a fault.
         kwargs: Further arguments of redis-py's connections.
         max_connections: For all threads together; an event loop needs one.
+        max_entry_bytes: Of an answer that is served.
+        k: So many answers may come at once.
 
     Raises:
         AegisConfigError: The URL or an argument cannot be used. Nothing is connected yet.
@@ -60,10 +64,15 @@ class Connections:
         budget_s: float = 0.1,
         kwargs: Mapping[str, Any] | None = None,
         max_connections: int = 32,
+        max_entry_bytes: int = 1024 * 1024,
+        k: int = 5,
     ) -> None:
         self.breaker = Breaker()
         self._budget_s = budget_s
         self._size = max_connections
+        # More is not read of what Redis answers: it is none of ours.
+        self._largest_entry = _BESIDE_ANSWER + max_entry_bytes
+        self._largest = _BESIDE_ANSWERS + k * max_entry_bytes
         self._told = {**_connection_arguments(url, client), **(kwargs or {})}
         self._ours: dict[str, Any] = {
             "decode_responses": False,
@@ -84,14 +93,21 @@ class Connections:
         Raises:
             Unavailable: Redis cannot be asked, or did not answer within the budget.
         """
-        return self.ask(step.request or packed(step.each), len(step.each), step.meanwhile)
+        largest = self._largest_entry if step.request else self._largest
+        return self.ask(step.request or packed(step.each), len(step.each), step.meanwhile, largest)
 
     async def aperform(self, step: Commands) -> list[Any]:
         """Like `perform`, without blocking the event loop."""
-        return await self.aask(step.request or packed(step.each), len(step.each), step.meanwhile)
+        largest = self._largest_entry if step.request else self._largest
+        return await self.aask(step.request or packed(step.each), len(step.each), step.meanwhile, largest)
 
-    def ask(self, request: bytes, count: int, meanwhile: Callable[[], object] | None = None) -> list[Any]:
-        """Do what `perform` does, with `count` commands as they are sent."""
+    def ask(
+        self, request: bytes, count: int, meanwhile: Callable[[], object] | None = None, largest: int | None = None
+    ) -> list[Any]:
+        """Do what `perform` does, with `count` commands as they are sent.
+
+        Of replies that have more bytes than `largest`, default: than one entry has, no more are read.
+        """
         if not self.breaker.allow():
             raise Unavailable("redis_down")
         links = self._sync
@@ -99,18 +115,20 @@ class Connections:
             with self._lock:
                 links = self._sync = self._sync or self._make_sync()
         try:
-            replies = links.ask(request, count, meanwhile)
+            replies = links.ask(request, count, meanwhile, largest=largest or self._largest_entry)
         except (RedisError, hiredis.HiredisError, OSError) as exc:
             raise self._unavailable(exc) from exc
         self.breaker.succeeded()
         return replies
 
-    async def aask(self, request: bytes, count: int, meanwhile: Callable[[], object] | None = None) -> list[Any]:
+    async def aask(
+        self, request: bytes, count: int, meanwhile: Callable[[], object] | None = None, largest: int | None = None
+    ) -> list[Any]:
         """Like `ask`, without blocking the event loop."""
         if not self.breaker.allow():
             raise Unavailable("redis_down")
         try:
-            replies = await self._async.get().ask(request, count, meanwhile)
+            replies = await self._async.get().ask(request, count, meanwhile, largest=largest or self._largest_entry)
         except (RedisError, hiredis.HiredisError, OSError) as exc:
             raise self._unavailable(exc) from exc
         self.breaker.succeeded()
@@ -135,6 +153,9 @@ class Connections:
         self._async.forget()
 
     def _unavailable(self, exc: Exception) -> Unavailable:
+        if isinstance(exc, TooLarge):  # Redis is well
+            warn_once("reply_too_large", "Redis holds something very large under a name of ours; it is not read")
+            return Unavailable("unreadable" if exc.own else "redis_down")
         self.breaker.failed()
         slow = isinstance(exc, (RedisTimeoutError, TimeoutError))
         warn_once(

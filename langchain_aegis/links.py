@@ -21,10 +21,24 @@ import hiredis
 import redis
 import redis.asyncio
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 _IDLE_S: Final = 0.02  # after so long it is asked whether the server has closed the connection meanwhile
 _READ_AT_ONCE: Final = 65_536
+_LARGEST: Final = 64 * 1024 * 1024  # bytes of replies to one caller
+
+
+class TooLarge(RedisError):
+    """What comes is larger than anything of ours: somebody else has written it.
+
+    Attributes:
+        own: Whether it is the reply to what was asked here, or only came before that one.
+    """
+
+    def __init__(self, own: bool = True) -> None:
+        super().__init__("a reply of Redis is too large")
+        self.own = own
 
 
 def packed(commands: Sequence[tuple[Any, ...]]) -> bytes:
@@ -63,8 +77,9 @@ class Link:
         self.used_s = time.monotonic()
 
     def ask(
-        self, request: bytes, count: int, meanwhile: Callable[[], object] | None = None, until_s: float | None = None
-    ) -> list[Any]:
+        self, request: bytes, count: int, meanwhile: Callable[[], object] | None = None, until_s: float | None = None,
+        largest: int = _LARGEST,
+    ) -> list[Any]:  # fmt: skip
         """Send what `packed` returned and return so many replies; after an exception, `close` it.
 
         Args:
@@ -72,6 +87,7 @@ class Link:
             count: Number of replies.
             meanwhile: What is done until they come.
             until_s: When it is too late, in monotonic seconds; default: as long from now as the connection waits.
+            largest: Bytes of the replies; more are not read.
         """
         sock, reader, buffer = self._sock, self._reader, self._buffer
         if hurried := until_s is not None:
@@ -82,6 +98,7 @@ class Link:
         if meanwhile is not None:
             _try(meanwhile)
         replies: list[Any] = []
+        total = 0
         while True:
             if not (size := sock.recv_into(buffer)):
                 raise RedisConnectionError("Redis closed the connection")
@@ -90,6 +107,8 @@ class Link:
                 replies.append(reply)
             if len(replies) >= count:
                 break
+            if (total := total + size) > largest:
+                raise TooLarge
             hurried = True  # it answers, but drop by drop
             self._hurry(until_s)
         if hurried:
@@ -138,10 +157,13 @@ class Links:
         self._waiting = 0
         self._closed = False
 
-    def ask(self, request: bytes, count: int, meanwhile: Callable[[], object] | None = None) -> list[Any]:
+    def ask(
+        self, request: bytes, count: int, meanwhile: Callable[[], object] | None = None, *, largest: int = _LARGEST
+    ) -> list[Any]:
         """Send what `packed` returned and return so many replies; error replies are values.
 
-        `meanwhile` is done until they come, see `Commands`. Raises RedisError or OSError.
+        `meanwhile` is done until they come, see `Commands`. Raises RedisError (TooLarge if they have more bytes than
+        `largest`) or OSError.
         """
         until_s = None
         try:
@@ -155,7 +177,7 @@ class Links:
             if link.is_stale():
                 link.close()
                 link = Link(self._make())
-            replies = link.ask(request, count, meanwhile, until_s)
+            replies = link.ask(request, count, meanwhile, until_s, largest)
         except BaseException:  # a KeyboardInterrupt too
             link.close()
             self._lost()
@@ -206,11 +228,12 @@ class Links:
 class _Asked:
     """A question on its way; it keeps its place in the row even if nobody waits for the answer any longer."""
 
-    __slots__ = ("answer", "count", "replies", "sent_s")
+    __slots__ = ("answer", "count", "largest", "replies", "sent_s")
 
-    def __init__(self, answer: asyncio.Future[list[Any]], count: int, sent_s: float) -> None:
+    def __init__(self, answer: asyncio.Future[list[Any]], count: int, sent_s: float, largest: int) -> None:
         self.answer = answer
         self.count = count
+        self.largest = largest
         self.sent_s = sent_s
         self.replies: list[Any] = []
 
@@ -220,6 +243,7 @@ class AsyncLink(asyncio.Protocol):
 
     def __init__(self, connection: redis.asyncio.Connection, budget_s: float) -> None:
         """Take over a connection that has just been made."""
+        self._unread = 0  # bytes of the reply that is on its way
         writer: Any = connection._writer
         self._loop = asyncio.get_running_loop()
         self._budget_s = budget_s
@@ -235,12 +259,14 @@ class AsyncLink(asyncio.Protocol):
         self._poll.register(writer.get_extra_info("socket").fileno(), select.POLLIN)
         self._transport.set_protocol(self)
 
-    async def ask(self, request: bytes, count: int, meanwhile: Callable[[], object] | None = None) -> list[Any]:
+    async def ask(
+        self, request: bytes, count: int, meanwhile: Callable[[], object] | None = None, *, largest: int = _LARGEST
+    ) -> list[Any]:
         """Send what `packed` returned and return so many replies. Raises RedisError."""
         if self.closed:
             raise RedisConnectionError("the connection to Redis was closed")
         loop = self._loop
-        asked = _Asked(loop.create_future(), count, loop.time())
+        asked = _Asked(loop.create_future(), count, loop.time(), largest)
         self._asked.append(asked)
         if len(self._asked) == 1:
             self._transport.write(request)
@@ -275,6 +301,8 @@ class AsyncLink(asyncio.Protocol):
             answer = self._asked.popleft().answer
             if not answer.done():
                 answer.set_exception(error or RedisConnectionError("the connection to Redis was closed"))
+            if isinstance(error, TooLarge):
+                error = TooLarge(own=False)  # the others have only been behind it
 
     # -- what the event loop tells ------------------------------------------------------------------------------
 
@@ -284,13 +312,20 @@ class AsyncLink(asyncio.Protocol):
         self._heard_s = self._loop.time()
         try:
             reader.feed(data)
-            while (reply := reader.gets()) is not False:
+            if (reply := reader.gets()) is False:
+                self._unread += len(data)
+                if self._unread > row[0].largest:
+                    self.close(TooLarge())
+                return
+            self._unread = 0
+            while reply is not False:
                 asked = row[0]
                 asked.replies.append(reply)
                 if len(asked.replies) == asked.count:
                     row.popleft()
                     if not asked.answer.done():
                         asked.answer.set_result(asked.replies)
+                reply = reader.gets()
         except (hiredis.HiredisError, IndexError) as exc:
             self.close(RedisConnectionError(f"Redis answered what was not asked ({type(exc).__name__})"))
 
@@ -345,15 +380,19 @@ class AsyncLinks:
         self._link: AsyncLink | None = None
         self._making: asyncio.Task[AsyncLink] | None = None
 
-    async def ask(self, request: bytes, count: int, meanwhile: Callable[[], object] | None = None) -> list[Any]:
+    async def ask(
+        self, request: bytes, count: int, meanwhile: Callable[[], object] | None = None, *, largest: int = _LARGEST
+    ) -> list[Any]:
         """Send what `packed` returned and return so many replies; error replies are values. Raises RedisError, OSError.
+
+        TooLarge is raised if one reply has more bytes than `largest`.
 
         Whoever is cancelled meanwhile leaves the others' answers as they are.
         """
         link = self._link
         if link is None or link.doubtful:
             link = await self._connected()
-        return await link.ask(request, count, meanwhile)
+        return await link.ask(request, count, meanwhile, largest=largest)
 
     async def aclose(self) -> None:
         """Close the connection."""

@@ -259,6 +259,8 @@ def find(
             yield from _alone(found, store, policy, now_ms)
     except Unavailable as exc:
         found.record, found.tier, found.similarity, found.reasons = None, "miss", None, (exc.reason,)
+        if exc.reason == "unreadable":  # too large to be an answer of ours: nobody shall have to wait for it again
+            yield Aside(partial(store.forget, key.exact))
     return found
 
 

@@ -330,6 +330,10 @@ class Store(Indexed):
         """Give a lease back, if it is still ours."""
         yield Commands((scripts.release(self.prefix, exact, fence),))
 
+    def forget(self, exact: str) -> Flow[None]:
+        """Remove what lies under the name of an entry, whatever it is."""
+        yield Commands((("UNLINK", self._entry(exact)),))
+
     def opt(self, user_thing: str, out: bool) -> Flow[None]:
         """Say whether nothing of a user shall be kept from now on. Raises ResponseError if Redis refuses."""
         field = f"out:{user_thing}"

@@ -17,7 +17,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from langchain_aegis.links import AsyncLinks, Link, Links, packed
+from langchain_aegis.links import AsyncLinks, Link, Links, TooLarge, packed
 
 BUDGET_S = 0.1
 
@@ -219,6 +219,31 @@ def test_a_reply_that_comes_drop_by_drop_is_given_up_in_time():
         assert dripping._count == 0
         dripping.close()
         thread.join(10)
+
+
+@pytest.mark.row(34)
+def test_more_than_is_wanted_is_not_read(links, made):
+    links.ask(packed([("SET", "large", b"x" * 3_000_000)]), 1)
+    with pytest.raises(TooLarge):
+        links.ask(packed([("GET", "large")]), 1, largest=1_000_000)
+    assert links.ask(packed([("STRLEN", "large")]), 1, largest=1_000) == [3_000_000]
+    assert len(made) == 2
+    assert len(links.ask(packed([("GET", "large")]), 1, largest=4_000_000)[0]) == 3_000_000
+    links.ask(packed([("DEL", "large")]), 1)
+
+
+@pytest.mark.row(34)
+async def test_more_than_is_wanted_is_not_read_and_the_others_are_told_that_it_was_not_theirs(alinks, made):
+    await alinks.ask(packed([("SET", "larger", b"x" * 3_000_000)]), 1)
+    asked = [alinks.ask(packed([("GET", "larger")]), 1, largest=1_000_000), *(alinks.ask(echo(t), 1) for t in "ab")]
+    told = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(t) for t in told] == [TooLarge] * 3
+    assert [t.own for t in told] == [True, False, False]
+    assert len((await alinks.ask(packed([("GET", "larger")]), 1))[0]) == 3_000_000
+    assert len(made) == 2
+    # Many replies that are each small enough are not taken for one.
+    assert await alinks.ask(packed([("GETRANGE", "larger", "0", "400000")] * 20), 20, largest=1_000_000)
+    await alinks.ask(packed([("DEL", "larger")]), 1)
 
 
 def test_a_connection_that_is_in_use_while_all_are_closed_is_closed_when_it_comes_back(redis_url, open_descriptors):

@@ -1,5 +1,6 @@
 """The store keeps its promises on every kind of Redis: with search, Redis 8, and without search."""
 
+import asyncio
 import math
 import random
 import socket
@@ -447,6 +448,31 @@ def test_a_server_is_found_by_its_name(redis_url):
         threading.Thread(target=lambda: listener.accept()[0].sendall(b"+PONG\r\n")).start()
         assert connections.perform(Commands((("PING",),))) == [b"PONG"]
         connections.close()
+
+
+@pytest.mark.row(34)
+@pytest.mark.parametrize("awaited", [False, True], ids=["blocking", "awaited"])
+def test_what_is_larger_than_any_answer_is_not_read_and_is_no_fault_of_redis(kept, any_redis, awaited):
+    kept.put(name(1))
+    key = f"{kept.namespace}:{{p00}}:e:{name(1)}"
+    kept.redis.hset(key, "answer", b"x" * 9_000_000)
+    connections = Connections(any_redis.url, budget_s=5)
+    request = kept.store.request(name(1), THINGS, "a", None)
+    with pytest.raises(Unavailable, match="unreadable"):
+        asyncio.run(_once(connections, request)) if awaited else connections.ask(request, 2)
+    assert not connections.breaker._failed
+    kept.redis.hset(key, "answer", b"x" * 2_000_000)
+    assert (asyncio.run(_once(connections, request)) if awaited else connections.ask(request, 2))[0][10] is not None
+    kept.do(kept.store.forget(name(1)))
+    assert not kept.entries()
+    connections.close()
+
+
+async def _once(connections, request):
+    try:
+        return await connections.aask(request, 2)
+    finally:
+        await connections.aclose()
 
 
 @pytest.mark.row(1)
