@@ -265,6 +265,7 @@ def test_an_answer_lives_as_long_as_told(make_cache, redis_url, how):
         assert 0 < client.pttl(entry) <= 50_000
 
 
+@pytest.mark.row(30)
 def test_an_expired_answer_is_never_served_even_if_redis_still_has_it(make_cache, redis_url, monkeypatch):
     cache = make_cache()
     cache.update(prompt("Why is it so?"), MODEL, chat("x"))
@@ -427,6 +428,7 @@ async def test_a_coroutine_function_and_a_blocking_one_may_generate(redis_url):
 # -- faults ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row(1)
 def test_without_redis_every_call_is_a_miss_and_invalidation_says_so(make_cache, tmp_path):
     cache = make_cache(f"unix://{tmp_path}/none.sock")
     for _ in range(10):
@@ -439,6 +441,7 @@ def test_without_redis_every_call_is_a_miss_and_invalidation_says_so(make_cache,
             call()
 
 
+@pytest.mark.row(3)
 def test_an_answer_whose_lookup_redis_did_not_answer_is_not_kept(make_cache, monkeypatch):
     cache = make_cache()
     monkeypatch.setattr(cache.cache._connections.breaker, "allow", lambda: False)

@@ -49,6 +49,7 @@ def test_a_field_that_is_empty_is_left_out_and_may_be_there():
     assert unseal({**stored(), b"negative": b"1"}, KEY) is None
 
 
+@pytest.mark.row(40)
 def test_unknown_fields_are_ignored_and_another_version_is_a_miss():
     assert unseal({**stored(), b"later": b"x"}, KEY) == RECORD
     assert unseal({**stored(), b"v": b"2"}, KEY) is None
@@ -57,10 +58,12 @@ def test_unknown_fields_are_ignored_and_another_version_is_a_miss():
 
 
 @pytest.mark.parametrize("field", sorted(stored()))
+@pytest.mark.row(28)
 def test_a_missing_field_is_a_miss(field):
     assert unseal({n: v for n, v in stored().items() if n != field}, KEY) is None
 
 
+@pytest.mark.row(27)
 def test_every_flipped_bit_is_a_miss():
     for field, value in stored().items():
         for bit in range(len(value) * 8):
@@ -70,10 +73,12 @@ def test_every_flipped_bit_is_a_miss():
 
 
 @given(st.sampled_from(sorted(stored())), st.binary(max_size=40))
+@pytest.mark.row(27, 28)
 def test_every_other_value_is_a_miss(field, value):
     assert unseal({**stored(), field: value}, KEY) in (None, RECORD if value == stored()[field] else None)
 
 
+@pytest.mark.row(27)
 def test_bytes_moved_from_one_field_to_the_next_are_a_miss():
     fields = stored()
     assert unseal({**fields, b"scope": fields[b"scope"] + b"a", b"emb": fields[b"emb"][1:]}, KEY) is None
@@ -126,6 +131,7 @@ def test_a_hit_is_a_fresh_object_with_complete_usage():
     assert "x" not in decode_answer(data)[0].message.additional_kwargs
 
 
+@pytest.mark.row(32)
 def test_a_payload_that_looks_like_langchains_own_stays_data():
     evil = {"lc": 1, "type": "secret", "id": ["HOME"]}
     (generation,) = decode_answer(encode_answer([chat(additional_kwargs={"x": evil})]))
@@ -183,11 +189,13 @@ def test_what_would_come_back_changed_is_refused(value):
 
 
 @given(st.binary(max_size=60))
+@pytest.mark.row(31)
 def test_whatever_lies_in_redis_decoding_never_raises(data):
     assert decode_answer(data) is None
     assert decode_value(data) is None
 
 
+@pytest.mark.row(33)
 def test_deep_nesting_is_a_miss():
     data = b'{"kind":"value","item":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     assert decode_value(data) is None

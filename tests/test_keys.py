@@ -67,6 +67,7 @@ texts = st.text(max_size=30)
     st.tuples(*[st.one_of(st.none(), texts.filter(str.strip))] * 3),
     st.tuples(*[st.one_of(st.none(), texts.filter(str.strip))] * 3),
 )
+@pytest.mark.row(42)
 def test_no_two_identities_share_a_key(one, two):
     def of(i):
         return key(*BASE, who=Who(tenant=i[0], user=i[1], task=i[2]))
@@ -76,6 +77,7 @@ def test_no_two_identities_share_a_key(one, two):
 
 
 @given(st.lists(st.sampled_from(["a", "b", "", "\0", "ab", "é", "e\u0301", "A", "a,b", "a|b"]), max_size=4), st.data())
+@pytest.mark.row(42)
 def test_no_two_conversations_share_a_key(parts, data):
     other = data.draw(
         st.lists(st.sampled_from(["a", "b", "", "\0", "ab", "é", "e\u0301", "A", "a,b", "a|b"]), max_size=4)
@@ -260,6 +262,7 @@ def test_a_scope_is_everything_but_the_question(form, one, two):
 
 
 @given(st.text(max_size=60), st.text(max_size=60), st.booleans())
+@pytest.mark.row(42)
 def test_no_two_texts_share_an_exact_key(one, two, ignoring):
     ring = Keyring(SECRET, scope_ignore=[r"\d+"] if ignoring else [], chunks=r"<a>(.*?)</a>")
     assert (key(HumanMessage(one), ring=ring).exact == key(HumanMessage(two), ring=ring).exact) == (one == two)

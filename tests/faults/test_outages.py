@@ -1,0 +1,514 @@
+"""Redis may be away, frozen, full, read-only, locked or emptied: no call fails, and hardly one waits."""
+
+import asyncio
+import logging
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+from caches import Words
+from conftest import wait_until
+from langchain_core.caches import BaseCache
+
+from faults.measure import ADDED_OPEN_S, ADDED_S, HITS_AGAIN_S, SLACK, Load, slowness, standing_still, within
+from faults.recorder import Recorder, Seen, Speaking, questions
+from faults.watch import no_tasks_left
+from langchain_aegis import AegisSemanticCache
+from langchain_aegis.breaker import Breaker
+
+ASKED = questions(40)
+HOW = pytest.mark.parametrize("how", ["tasks", "threads"])
+# Sixty-four threads on two cores take their time.
+HOW_MANY = pytest.mark.parametrize("how", ["tasks", pytest.param("threads", marks=pytest.mark.slow)])
+
+
+@pytest.fixture
+def warm(server, new_recorder, stored):
+    """Makes a load whose 40 questions are stored already, over the server's port."""
+
+    def make(how="tasks", at_once=64, **told):
+        load = Load(new_recorder(**{"url": server.url, **told}), how, at_once)
+        load(ASKED)
+        stored()
+        wait_until(lambda: load(ASKED).hits == len(ASKED))
+        return load
+
+    return make
+
+
+def hits_again(load, since):
+    """Wait until all hit again; returns how long ago `since` was."""
+    one = load.recorder
+    wait_until(lambda: one.ask(ASKED[0]) and Load(one, load.how, 4)(ASKED).hits == len(ASKED), HITS_AGAIN_S, "a hit")
+    return time.monotonic() - since
+
+
+def reasons(recorder):
+    return recorder.cache.stats().reasons
+
+
+# -- away -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.row(1)
+@HOW_MANY
+def test_a_redis_that_was_never_there_costs_nobody_an_answer(server, new_recorder, how):
+    server.kill()
+    load = Load(new_recorder(url=server.url), how, at_once=1)
+    load(questions(4))
+    assert not load.recorder.cache._connections.breaker.open
+    load(questions(1))
+    assert load.recorder.cache._connections.breaker.open
+    within(2 * ADDED_OPEN_S, load.added_one_by_one)
+    within(ADDED_S, lambda: max(load(questions(1_000)).took))
+    assert set(reasons(load.recorder)) == {"redis_down"}
+
+
+@pytest.mark.row(1)
+@pytest.mark.parametrize("how", ["tasks", "threads"])
+def test_of_a_redis_that_never_said_a_word_five_calls_wait(server, new_recorder, how):
+    load = Load(new_recorder(url=server.url), how, at_once=1)
+    with server.frozen():
+        load(questions(30))
+    assert 5 <= reasons(load.recorder)["redis_slow"] <= 7  # and one a second: a busy machine may take longer
+    assert load.recorder.calls == 30
+
+
+@pytest.mark.row(2)
+@HOW_MANY
+def test_a_redis_killed_under_load_costs_nobody_an_answer_and_hits_return_with_it(server, warm, how, rounds):
+    for _ in range(rounds(1)):
+        load = warm(how)
+        within(ADDED_S, lambda load=load: load.added(ASKED * 20, during=server.kill) if server.alive else 0.0)
+        assert load.recorder.cache._connections.breaker.open
+        within(ADDED_OPEN_S, load.added_one_by_one)
+        server.start()
+        assert hits_again(load, time.monotonic()) <= HITS_AGAIN_S
+
+
+@contextmanager
+def paused(server, *how):
+    """A pause of all clients ends by itself alone: it holds up the command that would end it, too."""
+    server.client.execute_command("CLIENT", "PAUSE", 1_500 if how == ("ALL",) else 60_000, *how)
+    yield
+    server.client.execute_command("CLIENT", "UNPAUSE")
+
+
+@contextmanager
+def asleep(server):
+    """DEBUG SLEEP ends by itself."""
+    thread = threading.Thread(target=lambda: server.client.execute_command("DEBUG", "SLEEP", "2"))
+    thread.start()
+    yield
+    thread.join()
+
+
+@pytest.mark.row(3, 4, 6)
+@pytest.mark.parametrize("fault", ["frozen", *(pytest.param(f, marks=pytest.mark.slow) for f in ("paused", "asleep"))])
+@HOW_MANY
+def test_a_redis_that_says_nothing_costs_a_tenth_of_a_second_and_then_nothing(server, warm, fault, how):
+    load = warm(how)
+    stop = {"frozen": server.frozen, "paused": lambda: paused(server, "ALL"), "asleep": lambda: asleep(server)}[fault]
+
+    def added():
+        with stop():
+            waited = reasons(load.recorder).get("redis_slow", 0)
+            took = load.added(ASKED * 15)
+            if fault == "frozen":
+                assert load.recorder.cache._connections.breaker.open
+                # Only those that were under way when it froze have waited for it, and one more a second.
+                assert reasons(load.recorder)["redis_slow"] - waited <= 64 + 20
+            return took
+
+    within(ADDED_S, added)
+    if fault == "frozen":
+        with server.frozen():
+            load(ASKED)
+            within(ADDED_OPEN_S, load.added_one_by_one)
+    # Whatever it says now is late, and is nobody's answer: the recorder looks at each.
+    assert hits_again(load, time.monotonic()) <= HITS_AGAIN_S
+
+
+@pytest.mark.row(20)
+@pytest.mark.slow
+def test_while_redis_is_frozen_one_call_a_second_tries(server, proxy, new_recorder):
+    recorder = new_recorder(url=proxy.url)
+    load = Load(recorder, "threads", at_once=16)
+    load(questions(16))
+    with server.frozen():
+        load(questions(100))
+        assert recorder.cache._connections.breaker.open
+        before, began = reasons(recorder)["redis_slow"], time.monotonic()
+        while time.monotonic() - began < 2.2:
+            load(questions(50))
+        took = time.monotonic() - began
+    assert 1 <= reasons(recorder)["redis_slow"] - before <= took + 1
+
+
+@pytest.mark.row(20)
+def test_of_many_that_find_the_breaker_half_open_one_may_try():
+    now = [0.0]
+    breaker = Breaker(clock=lambda: now[0])
+    for _ in range(5):
+        breaker.failed()
+    for second in range(1, 5):
+        now[0] = second + 0.01 * second
+        allowed, start = [], threading.Barrier(32)
+
+        def one(start=start, allowed=allowed):
+            start.wait(10)
+            allowed.append(breaker.allow())
+
+        many = [threading.Thread(target=one) for _ in range(32)]
+        for thread in many:
+            thread.start()
+        for thread in many:
+            thread.join()
+        assert sum(allowed) == 1
+    breaker.succeeded()
+    assert all(breaker.allow() for _ in range(100))
+
+
+@pytest.mark.row(21)
+@pytest.mark.slow
+def test_a_redis_that_freezes_every_half_second_costs_nobody_an_answer(server, warm, rounds, caplog):
+    load = warm("tasks")
+    done = threading.Event()
+
+    def flap():
+        while not done.wait(0.5):
+            server.freeze()
+            done.wait(0.5)
+            server.thaw()
+
+    thread = threading.Thread(target=flap)
+    thread.start()
+    seen, until = Seen(), time.monotonic() + rounds(3)
+    try:
+        while time.monotonic() < until:
+            told = load(ASKED * 10)
+            seen.took += told.took
+    finally:
+        done.set()
+        thread.join()
+        server.thaw()
+    without = load(ASKED * 25, recorder=load.bare)
+    within(ADDED_S, lambda: seen.quantile(0.99) - without.quantile(0.99))
+    assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) <= 1
+    assert hits_again(load, time.monotonic()) <= HITS_AGAIN_S
+
+
+# -- there, but ... ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.row(5)
+@HOW
+def test_a_redis_that_takes_no_writes_for_a_while_still_answers(server, warm, how, stored):
+    load = warm(how, at_once=8)
+    with paused(server, "WRITE"):
+        mixed = [q for pair in zip(ASKED, questions(40, "new"), strict=True) for q in pair]
+        seen = load(mixed)
+        assert seen.hits >= len(ASKED) * 0.9
+        stored()
+    assert load.recorder.cache.stats().not_stored.keys() & {"redis_slow", "redis_down", "queue_full"}
+    assert hits_again(load, time.monotonic()) <= HITS_AGAIN_S
+
+
+@pytest.mark.row(7)
+@HOW_MANY
+def test_a_full_redis_still_answers_and_stores_nothing_more(server, warm, how, stored):
+    load = warm(how)
+    server.fill()
+    within(ADDED_S, lambda: load.added(ASKED * 20))
+    assert load(ASKED).hits == len(ASKED)
+    assert load(questions(40, "new")).hits == 0
+    stored()
+    assert load.recorder.cache.stats().not_stored == {"failed": 40}
+    server.make_room()
+    load(questions(40, "new"))
+    stored()
+    assert load(questions(40, "new")).hits == 40
+
+
+@pytest.mark.row(7)
+def test_a_redis_that_is_full_from_the_start_costs_nothing(server, new_recorder, stored):
+    server.fill()
+    load = Load(new_recorder(url=server.url), "tasks")
+    load(ASKED)
+    stored()
+    server.make_room()
+    load(ASKED)
+    stored()
+    assert load(ASKED).hits == len(ASKED)
+
+
+@pytest.mark.row(8)
+@HOW
+def test_a_redis_that_became_a_replica_still_answers_and_takes_no_writes(server, warm, how, stored, caplog):
+    load = warm(how)
+    server.client.execute_command("REPLICAOF", "127.0.0.1", "1")
+    assert load(ASKED).hits == len(ASKED)
+    assert load(questions(40, "new")).hits == 0
+    stored()
+    assert load.recorder.cache.stats().not_stored == {"failed": 40}
+    assert len([r for r in caplog.records if "ReadOnlyError" in r.getMessage()]) == 1
+    server.client.execute_command("REPLICAOF", "NO", "ONE")
+    assert load(ASKED).hits == len(ASKED)
+
+
+@pytest.mark.row(9)
+@HOW
+@pytest.mark.parametrize("told", ["", ":wrong@"])
+def test_a_password_that_is_missing_or_wrong_is_a_miss_and_one_warning(server, new_recorder, told, how, caplog):
+    server.client.config_set("requirepass", "s3cret-canary")
+    load = Load(new_recorder(url=server.url.replace("//", f"//{told}")), how)
+    assert load(ASKED * 5).hits == 0
+    (said,) = {r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING}
+    assert said.startswith("redis_unavailable") and "aegis doctor" in said
+    assert "canary" not in caplog.text and "wrong" not in caplog.text.replace("went wrong", "")
+    right = Load(new_recorder(url=server.url.replace("//", "//:s3cret-canary@")), how)
+    right(ASKED)
+    wait_until(lambda: right(ASKED).hits == len(ASKED))
+
+
+@pytest.mark.row(11)
+@HOW
+def test_a_redis_that_takes_no_more_clients_costs_nobody_an_answer(server, warm, how):
+    load = warm(how, at_once=4)
+    load.recorder.cache.close()
+    server.client.config_set("maxclients", 10)
+    taken = []
+    try:
+        # All places are taken by others.
+        taken += [socket.create_connection(("127.0.0.1", server.port)) for _ in range(12)]
+        wait_until(lambda: _refuses(server))
+        assert Load(load.recorder, how)(ASKED * 5).hits == 0
+    finally:
+        for one in taken:
+            one.close()
+    server.client.config_set("maxclients", 1_000)
+    assert hits_again(load, time.monotonic()) <= HITS_AGAIN_S
+
+
+def _refuses(server):
+    with socket.create_connection(("127.0.0.1", server.port)) as one:
+        one.sendall(b"PING\r\n")
+        return b"max number" in one.recv(100)
+
+
+@pytest.mark.row(12)
+def test_who_finds_all_connections_in_use_waits_no_longer_than_the_budget(proxy, new_cache):
+    cache = new_cache(url=proxy.url)
+    cache._connections._size, cache._connections._sync = 2, None
+    proxy.down.latency_s = 1.0
+    recorder = Recorder(cache)
+
+    def longest():
+        cache._connections.breaker.succeeded()
+        seen = Load(recorder, "threads", at_once=16)(questions(16))
+        return max(seen.took)
+
+    within(ADDED_S, longest)
+    assert reasons(recorder).keys() <= {"redis_slow", "redis_down"}
+    assert proxy.most <= 4
+    recorder.assert_right()
+
+
+@pytest.mark.row(16)
+@HOW
+def test_a_redis_without_search_serves_both_tiers_with_one_warning(plain_server, new_recorder, stored, how, caplog):
+    recorder = new_recorder(url=plain_server.url, embeddings=Words(), min_similarity=0.6)
+    Load(recorder, how)(ASKED[:8])
+    stored()
+    assert Load(recorder, how)(ASKED[:8]).hits == 8
+    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(said) == 1 and "has no search" in said[0]
+
+
+@pytest.mark.row(17)
+@pytest.mark.parametrize("kind", ["text", "list", "set", "empty hash"])
+def test_something_else_under_the_name_of_an_entry_is_a_miss_and_is_written_over(server, new_recorder, stored, kind):
+    recorder = new_recorder(url=server.url)
+    recorder.ask("Why?")
+    stored()
+    (name,) = server.entries()
+    server.client.delete(name)
+    put = {"text": server.client.set, "list": server.client.lpush, "set": server.client.sadd}.get(kind)
+    if put is not None:
+        put(name, "x")
+    else:
+        server.client.hset(name, "other", "x")
+    assert recorder.ask("Why?") is False
+    stored()
+    assert recorder.ask("Why?") is True
+    assert server.client.type(name) == b"hash"
+
+
+@pytest.mark.row(17)
+def test_something_else_under_every_other_name_is_a_miss_and_no_error(server, new_recorder, stored):
+    recorder = new_recorder(url=server.url, embeddings=Words(), min_similarity=0.6)
+    recorder.ask("Why?", "acme")
+    recorder.ask("How?", "acme")
+    stored()
+    for name in server.client.scan_iter("*"):
+        server.client.delete(name)
+        server.client.set(name, "x")
+    for _ in range(2):
+        assert recorder.ask("Why?", "acme") is False
+        stored()
+
+
+@pytest.mark.row(18)
+@HOW
+def test_a_name_that_nobody_knows_is_a_miss(new_recorder, how):
+    load = Load(new_recorder(url="redis://no-such-host.invalid:6379"), how, at_once=1)
+    load(questions(20))
+    assert set(reasons(load.recorder)) <= {"redis_down", "redis_slow"}
+
+
+@pytest.mark.row(18)
+async def test_a_name_that_takes_long_to_be_found_holds_nobody_up(new_recorder, monkeypatch):
+    """The resolver of the system blocks for seconds when its server is away."""
+    real = socket.getaddrinfo
+
+    def slow(host, *args, **kwargs):
+        if host == "slow.invalid":
+            time.sleep(1.5)
+        return real(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    recorder = new_recorder(url="redis://slow.invalid:6379")
+
+    def blocking():
+        began = time.monotonic()
+        recorder.ask("Why?")
+        return time.monotonic() - began
+
+    await asyncio.to_thread(within, ADDED_S, blocking)
+    recorder.cache._connections.breaker.succeeded()
+    async with no_tasks_left():
+        for _ in range(4):
+            slow = slowness()
+            took, still = await standing_still(recorder.aask("How?"))
+            slow = max(slow, slowness())
+            if took <= ADDED_S * slow and still <= 0.020 * SLACK * slow:
+                break
+        else:
+            pytest.fail(f"took {took:.3f} s, and the loop stood still for {still:.3f} s")
+        await recorder.cache.aclose()
+
+
+# -- emptied ----------------------------------------------------------------------------------------------------------
+
+
+def same_words(count):
+    return [f"What is the fee of item {i} in euros?" for i in range(count)]
+
+
+@pytest.mark.row(13, 14)
+@pytest.mark.parametrize("fault", ["empty", "drop_indexes"])
+@HOW_MANY
+def test_an_index_that_is_gone_is_made_again_once_and_hits_return(server, new_recorder, stored, fault, how):
+    recorder = new_recorder(url=server.url, embeddings=Words(), min_similarity=0.999)
+    load = Load(recorder, how)
+    asked = same_words(30)
+    load(asked)
+    stored()
+    wait_until(lambda: load(asked).hits == len(asked))
+    server.client.config_resetstat()
+    gone = threading.Event()
+
+    def go():
+        getattr(server, fault)()
+        gone.set()
+
+    within(ADDED_S, lambda: load.added(asked * 10, during=None if gone.is_set() else go))
+    load([f"{q[:-1]} or in pounds?" for q in asked])  # they ask the index
+    stored()
+    assert len(server.indexes()) == 1
+    assert 1 <= server.calls("FT.CREATE") <= 2  # two threads may find it gone in the same microsecond
+    began = time.monotonic()
+    wait_until(lambda: load(asked).hits == len(asked))
+    assert time.monotonic() - began <= 1.0 * SLACK
+
+
+@pytest.mark.row(14)
+def test_many_processes_that_make_the_index_at_once_agree(server, new_cache, stored):
+    """Twenty forked children, each with connections of its own."""
+    import os
+
+    namespace = "race"
+    ready, go = os.pipe(), os.pipe()
+    children = []
+    for number in range(20):
+        if (pid := os.fork()) == 0:
+            code = 1
+            try:
+                cache = AegisSemanticCache(server.unix_url, Words(), namespace=namespace, require_tenant=False)
+                os.write(ready[1], b"r")
+                os.read(go[0], 1)
+                recorder = Recorder(cache)
+                recorder.ask(f"What is the fee of item {number}?")
+                stored()
+                code = 0 if recorder.ask(f"What is the fee of item {number}?") and not recorder.errors else 2
+            finally:
+                os._exit(code)
+        children.append(pid)
+    for _ in children:
+        os.read(ready[0], 1)
+    os.write(go[1], b"g" * len(children))
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    for end in (*ready, *go):
+        os.close(end)
+    assert codes == [0] * 20
+    assert len(server.indexes()) == 1
+    assert len(server.entries()) == 20
+
+
+@pytest.mark.row(15)
+def test_a_foreign_index_under_our_name_is_not_touched_and_serves_nothing_wrong(server, new_recorder, stored, caplog):
+    told = {"url": server.url, "embeddings": Words(), "min_similarity": 0.6}
+    recorder = new_recorder(**told, namespace="foreign")
+    recorder.ask("What is the fee of the yellow item?")
+    stored()
+    (name,) = server.indexes()
+    server.client.execute_command("FT.DROPINDEX", name)
+    server.give_index(name, "foreign:{p00}:e:", dimensions=7)
+    again = new_recorder(**told, namespace="foreign")
+    assert again.ask("What is the fee of the yellow item?") is True
+    assert again.ask("What is the fee of the yellow item please?") is False
+    stored()
+    assert again.ask("What is the fee of the yellow item please?") is True
+    info = server.client.execute_command("FT.INFO", name)
+    assert b"FLOAT32" in str(info).encode()
+    assert any("index" in r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING)
+
+
+@pytest.mark.row(3)
+async def test_nothing_is_left_behind_by_an_outage(server, leaves_nothing, new_recorder):
+    recorder = new_recorder(url=server.url)
+    async with no_tasks_left():
+        for fault in (server.frozen, lambda: paused(server, "ALL")):
+            await asyncio.gather(*(recorder.aask(q) for q in ASKED))
+            with fault():
+                await asyncio.gather(*(recorder.aask(q) for q in ASKED))
+        await recorder.cache.aclose()
+
+
+def test_langchain_calls_the_cache_bare():
+    """What makes all this necessary: if core ever guards the cache itself, this notices."""
+
+    class Broken(BaseCache):
+        def lookup(self, prompt, llm_string):
+            raise RuntimeError("redis is away")
+
+        def update(self, prompt, llm_string, return_val):
+            raise AssertionError("not reached")
+
+        def clear(self, **kwargs):
+            raise AssertionError("not reached")
+
+    with pytest.raises(RuntimeError, match="redis is away"):
+        Speaking(cache=Broken()).invoke("Why?")
