@@ -110,7 +110,7 @@ if not old.err then forget(exact, old[1], old[2], old[3]) end
 unlink(exact)
 redis.call('HSET', record, unpack(fields))
 redis.call('PEXPIRE', record, ttl)
-if ARGV[9] == '1' then redis.call('HSET', epochs, 'tenanted', '1') end
+if ARGV[9] == '1' then redis.call('HSETNX', epochs, 'tenanted', '1') end
 local function lasts(key)
   if redis.call('PTTL', key) < tonumber(ttl) then redis.call('PEXPIRE', key, ttl) end
 end

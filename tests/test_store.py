@@ -114,6 +114,18 @@ def name(i):
     return f"{i:032x}"
 
 
+def test_a_tenants_further_answers_leave_the_epochs_untouched(kept):
+    """Whoever watches them, or has them pushed, learns of invalidations alone."""
+    kept.put(name(1), tenanted=True)
+    with kept.redis.pipeline() as watching:
+        watching.watch(f"{kept.namespace}:{{p00}}:epochs")
+        kept.put(name(2), tenanted=True)
+        watching.multi()
+        watching.ping()
+        assert watching.execute() == [True]
+    assert kept.do(kept.store.epochs(THINGS)).tenanted
+
+
 def direction(angle):
     return [math.cos(angle), math.sin(angle), 0.0, 0.0]
 
