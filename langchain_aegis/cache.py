@@ -13,13 +13,13 @@ from langchain_core.embeddings import Embeddings
 from langchain_aegis.cache_options import Bypass, Negative, Options, checked_settings
 from langchain_aegis.calibration import calibrated
 from langchain_aegis.chunks import ChunkRule
-from langchain_aegis.connections import Connections
 from langchain_aegis.control import Control
 from langchain_aegis.embedder import Embedder
 from langchain_aegis.engine import Engine
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flows import arun, run
 from langchain_aegis.keys import FindQuestion
+from langchain_aegis.local_tier import connections_for
 from langchain_aegis.lookup import Lookup
 from langchain_aegis.notices import warn_once
 from langchain_aegis.performer import swallow
@@ -60,6 +60,10 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
             models then mix.
         keep_questions: Keep each question's text beside its answer, in clear.
         max_entry_bytes: Larger answers are not kept.
+        local_tier_bytes: What answers that were read may take up in this process, so that their exact repeats ask
+            Redis nothing; the most recently used stay. 0: none are held. What is invalidated elsewhere is seen as soon
+            as Redis pushes it, as a rule within a millisecond, and never later than after 0.25 s: without proof that
+            all was heard up to then, Redis is asked. Not used together with `max_entries_per_tenant`.
         op_budget_s: Time for Redis per lookup or update.
         embed_budget_s: Time for the embedder per lookup.
         dry_run: Look up and store, but serve nothing.
@@ -117,6 +121,7 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
         allow_unnamed_models: bool = False,
         keep_questions: bool = False,
         max_entry_bytes: int | None = None,
+        local_tier_bytes: int | None = None,
         op_budget_s: float | None = None,
         embed_budget_s: float | None = None,
         dry_run: bool = False,
@@ -140,14 +145,13 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
     ) -> None:
         self.settings = checked_settings(
             settings, redis_url=redis_url, namespace=namespace, mode=mode, ttl_s=ttl_s, max_entry_bytes=max_entry_bytes,
-            op_budget_s=op_budget_s, embed_budget_s=embed_budget_s,
+            local_tier_bytes=local_tier_bytes, op_budget_s=op_budget_s, embed_budget_s=embed_budget_s,
         )  # fmt: skip
         if redis_kwargs is not None and not isinstance(redis_kwargs, Mapping):
             raise AegisConfigError(f"redis_kwargs must map names to values, got {type(redis_kwargs).__name__}")
-        connections = Connections(
-            self.settings.redis_url, client=redis, budget_s=self.settings.op_budget_s, kwargs=redis_kwargs,
-            max_entry_bytes=self.settings.max_entry_bytes, k=k if isinstance(k, int) else 1,
-        )  # fmt: skip
+        connections = connections_for(
+            self.settings, client=redis, kwargs=redis_kwargs, k=k if isinstance(k, int) else 1
+        )
         self._given = embeddings
         options = Options.checked(
             settings=self.settings,

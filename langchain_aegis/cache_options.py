@@ -181,6 +181,8 @@ def checked_settings(settings: AegisSettings | None, **changes: Any) -> AegisSet
         if name in ("redis_url", "namespace", "mode"):
             if value is not None and not isinstance(value, str):
                 raise AegisConfigError(f"{name} must be a text, got {value!r}")
+        elif name == "local_tier_bytes" and value is not None:
+            _check_number(name, value, whole=True)
         elif value is not None:
             _check_number(name, value, above=0)
     return (settings if settings is not None else AegisSettings.from_env()).but(**changes)

@@ -56,6 +56,8 @@ class Connections:
         AegisConfigError: The URL or an argument cannot be used. Nothing is connected yet.
     """
 
+    tier: Any = None  # of those that have one, see `local_tier`
+
     def __init__(
         self,
         url: str,
@@ -164,7 +166,8 @@ class Connections:
         )
         return Unavailable("redis_slow" if slow else "redis_down")
 
-    def _make_sync(self) -> Links:
+    def connecting(self) -> Callable[[], Any]:
+        """Return what makes a connection of redis-py that blocks and is not connected yet."""
         arguments = {**self._told, **self._ours, "retry": Retry(NoBackoff(), 0)}
         kind = _connection_class(arguments, redis.Connection, redis.SSLConnection, redis.UnixDomainSocketConnection)
         make = partial(kind, **arguments)
@@ -172,9 +175,20 @@ class Connections:
             made = make()  # unconnected: only checks the arguments
         except TypeError as exc:
             raise AegisConfigError(f"redis_kwargs: {exc}") from exc
-        if _has_name(getattr(made, "host", None)):
-            make = partial(_connected, make, self._budget_s)
-        return Links(make, self._size, self._budget_s)
+        self._by_name = _has_name(getattr(made, "host", None))
+        return make
+
+    def _watched(self, connection: Any) -> Any:
+        """Return a connection that will be used for calls; for those who want to know when it is connected."""
+        return connection
+
+    def _make_sync(self) -> Links:
+        connecting = self.connecting()
+
+        def make() -> Any:
+            return self._watched(connecting())
+
+        return Links(partial(_connected, make, self._budget_s) if self._by_name else make, self._size, self._budget_s)
 
     def _make_async(self) -> AsyncLinks:
         arguments = {**self._told, **self._ours, "retry": AsyncRetry(NoBackoff(), 0)}
@@ -184,7 +198,8 @@ class Connections:
             redis.asyncio.SSLConnection,
             redis.asyncio.UnixDomainSocketConnection,
         )
-        return AsyncLinks(partial(kind, **arguments), self._budget_s)
+        make = partial(kind, **arguments)
+        return AsyncLinks(lambda: self._watched(make()), self._budget_s)
 
 
 def _connection_arguments(url: str, client: Any) -> dict[str, Any]:

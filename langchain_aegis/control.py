@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -225,7 +226,8 @@ class Control(Performer):
         """
         if running_loop() is None:
             self._written()
-        return self._engine.stats()
+        stats, tier = self._engine.stats(), self._connections.tier
+        return stats if tier is None else replace(stats, local=tier.stats())
 
     def health(self) -> CacheHealth:
         """Return what the namespace holds in Redis, for all processes; never raises for a fault of Redis."""

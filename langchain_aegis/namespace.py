@@ -93,7 +93,7 @@ class Namespace:
     """
 
     def __init__(self, namespace: str, mac_key: bytes, fingerprint: str) -> None:
-        self.prefix = f"{namespace}:{{p00}}:"
+        self.prefix = prefix_of(namespace)
         self._mac_key = mac_key
         self._fingerprint = fingerprint
         self._epochs = f"{self.prefix}epochs"
@@ -284,6 +284,11 @@ class Namespace:
         digest = hashlib.blake2b(key=self._mac_key, digest_size=8, person=b"aegis-note-v1")
         digest.update(f"{asked}:{served}:{text}".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
+
+
+def prefix_of(namespace: str) -> str:
+    """Return what the names of all keys of a namespace begin with."""
+    return f"{namespace}:{{p00}}:"
 
 
 def named(things: Sequence[str], given: str | None, kind: str) -> str | None:

@@ -112,6 +112,27 @@ class Entry:
     question: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class LocalStats:
+    """What a cache's local tier holds and has done in this process.
+
+    Attributes:
+        hits: Reads that it answered.
+        entries: Reads that it could answer.
+        bytes: What they take up.
+        invalidated: Entries that something took away: a change of them, an invalidation, a connection that was lost.
+        evicted: Entries that went because others needed the room.
+        alive: Whether it may answer now.
+    """
+
+    hits: int
+    entries: int
+    bytes: int
+    invalidated: int
+    evicted: int
+    alive: bool
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheStats(Counted):
     """What a cache has done in this process.
@@ -119,10 +140,12 @@ class CacheStats(Counted):
     Attributes:
         rejected: Records that were damaged, forged, or of somebody else.
         scopes: What was noticed about the scopes of this process's calls, or "".
+        local: What the local tier holds and has done; None if there is none. Its hits are among the exact ones.
     """
 
     rejected: int
     scopes: str = ""
+    local: LocalStats | None = None
 
     @property
     def hit_rate(self) -> float:

@@ -65,7 +65,7 @@ local function dead(stamp, created, by_age, bound)
 end
 """
 
-_PUT = (
+PUT = (
     (
         _NAMES
         + _FORGET
@@ -232,7 +232,7 @@ return made
 
 # Count the entries of a part of the trash that lived until now, and take them out of their tenants' sets. Lists that
 # are through are given to whoever sweeps. Answers the place to go on from, or 0, and the count.
-_UNLIST = (
+UNLIST = (
     _NAMES
     + _DEAD
     + """
@@ -289,7 +289,7 @@ return {found[1], counted}
 )
 
 # Unlink some of the trash, for at most so many microseconds, if nobody else is at it.
-_SWEEP = (
+SWEEP = (
     _NAMES
     + _FORGET
     + _DEAD
@@ -401,9 +401,9 @@ return drop(served)
 """
 )
 
-_REMEMBER = _NAMES + _NOTE + "note(ARGV[3], ARGV[4], ARGV[5])"
+REMEMBER = _NAMES + _NOTE + "note(ARGV[3], ARGV[4], ARGV[5])"
 
-_LEASE = (
+LEASE = (
     _NAMES
     + """
 local lease = prefix .. 'l:' .. ARGV[2]
@@ -414,7 +414,7 @@ return fence
 """
 )
 
-_RELEASE = (
+RELEASE = (
     _NAMES
     + """
 local lease = prefix .. 'l:' .. ARGV[2]
@@ -439,7 +439,7 @@ def put(
     fields = [part for pair in sealed.items() for part in pair]
     vec = b"%016d" % record.created_ms + record.vec if vectors else b""
     return _eval(
-        _PUT, prefix, record.key, incarnation, clock, record.created_ms, now_ms, max(1, record.expires_ms - now_ms),
+        PUT, prefix, record.key, incarnation, clock, record.created_ms, now_ms, max(1, record.expires_ms - now_ms),
         record.expires_ms, int(tenanted), fence, max_entries, vectors, record.scope, record.emb, vec,
         len(things), *things, len(record.sets), *record.sets, len(outs), *outs, len(fields), *fields,
     )  # fmt: skip
@@ -456,7 +456,7 @@ def mark(
 
 def unlist(prefix: str, clock: int, many: int, place: tuple[int, int], lists: Sequence[str]) -> Command:
     """Count a part of the trash as `mark` answered it, from a place; answers the next place and the count."""
-    return _eval(_UNLIST, prefix, clock, many, *place, *lists)
+    return _eval(UNLIST, prefix, clock, many, *place, *lists)
 
 
 def age(prefix: str, name: str, trash: str, before_ms: int, cursor: Any, many: int) -> Command:
@@ -466,7 +466,7 @@ def age(prefix: str, name: str, trash: str, before_ms: int, cursor: Any, many: i
 
 def sweep(prefix: str, token: str, lock_ms: int, budget_us: int, most: int) -> Command:
     """Unlink a part of the trash; answers "more", "later", "busy" or "done", a number, and microseconds."""
-    return _eval(_SWEEP, prefix, token, lock_ms, budget_us, most)
+    return _eval(SWEEP, prefix, token, lock_ms, budget_us, most)
 
 
 def drop(prefix: str, clock: int, exacts: Sequence[str]) -> Command:
@@ -486,14 +486,14 @@ def report(prefix: str, served: str, asked: str) -> Command:
 
 def note(prefix: str, asked: str, served: str, text: str) -> Command:
     """Note something of a pair, unless it was reported."""
-    return _eval(_REMEMBER, prefix, PAIR_KEYS, asked, served, text)
+    return _eval(REMEMBER, prefix, PAIR_KEYS, asked, served, text)
 
 
 def lease(prefix: str, exact: str, lease_ms: int) -> Command:
     """Take the lease of a key; answers its number, or 0."""
-    return _eval(_LEASE, prefix, exact, lease_ms)
+    return _eval(LEASE, prefix, exact, lease_ms)
 
 
 def release(prefix: str, exact: str, fence: int) -> Command:
     """Give a lease back."""
-    return _eval(_RELEASE, prefix, exact, fence)
+    return _eval(RELEASE, prefix, exact, fence)

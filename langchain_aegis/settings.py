@@ -54,6 +54,7 @@ class AegisSettings:
     op_budget_s: float = 0.1
     embed_budget_s: float = 1.0
     max_entry_bytes: int = 1_048_576
+    local_tier_bytes: int = 0  # 0: no local tier
     tenant_key: str | None = "tenant_id"  # name of the tenant in a run's `configurable`
     user_key: str | None = "user_id"
 
@@ -75,7 +76,7 @@ class AegisSettings:
                      "read_timeout_s", "deadline_s", "max_concurrency", "max_batch"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise _config_error(f"{name} must be above 0, got {getattr(self, name)!r}")
-        for name in ("max_waiting", "window_ms"):
+        for name in ("max_waiting", "window_ms", "local_tier_bytes"):
             if not getattr(self, name) >= 0:
                 raise _config_error(f"{name} must be 0 or more, got {getattr(self, name)!r}")
         if not self.namespace or any(c in "{}*?[]\\" or c.isspace() or not c.isprintable() for c in self.namespace):
@@ -190,6 +191,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "ollama_base_url": normalise_base_url,
     **dict.fromkeys(("connect_timeout_s", "read_timeout_s", "deadline_s", "op_budget_s", "embed_budget_s",
                      "window_ms"), float),
-    **dict.fromkeys(("ttl_s", "max_entry_bytes", "max_concurrency", "max_waiting", "max_batch"), int),
+    **dict.fromkeys(("ttl_s", "max_entry_bytes", "local_tier_bytes", "max_concurrency", "max_waiting",
+                     "max_batch"), int),
     "cache_enabled": _bool,
 }  # fmt: skip
