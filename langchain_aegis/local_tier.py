@@ -40,7 +40,7 @@ from langchain_aegis.store import Commands
 
 # Commands and scripts that change no record, nor the epochs in a way that concerns one.
 _HARMLESS: Final = frozenset({
-    "HMGET", "HGETALL", "SMEMBERS", "SCAN", "ZSCORE", "ZCOUNT", "ZADD", "FT._LIST", "FT.SEARCH", "FT.CREATE",
+    "HMGET", "HGETALL", "SMEMBERS", "SCAN", "ZSCORE", "ZCOUNT", "ZADD", "FT._LIST", "FT.SEARCH", "FT.CREATE", "FT.INFO",
     "FCALL_RO", "FUNCTION",
     nearby.SCRIPT, scripts.UNLIST, scripts.SWEEP, scripts.REMEMBER, scripts.LEASE, scripts.RELEASE,
 })  # fmt: skip
@@ -299,9 +299,7 @@ def _changed(prefix: str, command: scripts.Command) -> Sequence[str] | None:
     return None
 
 
-def connections_for(
-    settings: AegisSettings, *, client: Any, kwargs: Mapping[str, Any] | None, k: int
-) -> Connections:
+def connections_for(settings: AegisSettings, *, client: Any, kwargs: Mapping[str, Any] | None, k: int) -> Connections:
     """Return a cache's connections, with a local tier before them if it shall have one; arguments as they take them.
 
     Raises:

@@ -74,6 +74,8 @@ class _Gauge:
 _COUNTERS: Final = (
     _Counter("lookups", "Lookups, by the tier that answered; miss: none did.", ("tier",),
              lambda s: (((tier,), spread.count) for tier, spread in s.lookup_s.items())),
+    _Counter("local_hits", "Reads that the local tier answered.", (),
+             lambda s: [((), s.local.hits)] if s.local is not None else []),
     _Counter("misses", "Calls that the cache did not answer, by reason; a call may have several.", ("reason", "stage"),
              lambda s: (((code, explain(code).stage), n) for code, n in s.reasons.items())),
     _Counter("stored", "Answers that were kept.", (), lambda s: [((), s.stored)]),

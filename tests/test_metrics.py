@@ -14,7 +14,7 @@ import pytest
 from langchain_aegis import AegisConfigError, AegisSettings
 from langchain_aegis.counts import Cost, Counts
 from langchain_aegis.reasons import REASONS
-from langchain_aegis.results import CacheHealth
+from langchain_aegis.results import CacheHealth, LocalStats
 
 pytest.importorskip("prometheus_client", reason="the extra metrics is not installed")
 
@@ -24,6 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from langchain_aegis.metrics import BUCKETS_S, PREFIX, collector, register
 
 GUIDE = Path(__file__).parent.parent / "docs" / "cache.md"
+LOCAL = LocalStats(hits=4, entries=1, bytes=2_000, invalidated=0, evicted=0, alive=True)
 
 
 class Cache:
@@ -37,7 +38,7 @@ class Cache:
 
     def stats(self):
         seen = self.counts.snapshot()
-        return SimpleNamespace(**{name: getattr(seen, name) for name in seen.__slots__}, rejected=3)
+        return SimpleNamespace(**{name: getattr(seen, name) for name in seen.__slots__}, rejected=3, local=LOCAL)
 
     def health(self):
         self.asked_in.append(threading.get_ident())
@@ -81,6 +82,7 @@ def test_every_count_has_its_series(cache):
     assert seen["aegis_cache_stored_total",] == 1
     assert seen["aegis_cache_not_stored_total", "incomplete"] == 1
     assert seen["aegis_cache_rejected_records_total",] == 3
+    assert seen["aegis_cache_local_hits_total",] == 4
     assert seen["aegis_cache_task_lookups_total", "chat", "exact"] == 1
     assert seen["aegis_cache_saved_tokens_total", "input"] == 100
     assert seen["aegis_cache_saved_tokens_total", "output"] == 20
