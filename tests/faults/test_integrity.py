@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGeneration, Generation
 
-from faults.measure import SLACK, slowness, standing_still
+from faults.measure import PRODUCTION, SLACK, slowness, standing_still
 from faults.payloads import BYTES, DOCUMENTS
 from faults.recorder import Recorder, questions
 from faults.watch import no_tasks_left
@@ -102,7 +102,7 @@ def test_an_entry_of_which_any_bit_is_flipped_is_a_miss(planted, rounds):
             assert unseal({**planted.fields, field: bytes(changed)}, key) is None, (field, bit)
             changed[bit // 8] ^= 1 << bit % 8
             where.append((field, bit))
-    assert len(where) > 4_000
+    assert len(where) > 3_000
     rejected = planted.cache.stats().rejected
     sample = random.Random(27).sample(where, min(len(where), rounds(300)))
     for field, bit in sample:
@@ -138,7 +138,10 @@ def test_a_record_with_any_other_bytes_in_any_field_is_a_miss(field, value):
         key="0" * 32, scope="1" * 32, emb="e", digest="", created_ms=1, expires_ms=2, epochs="f:3", answer=b"{}"
     )
     told = {n.encode(): v for n, v in record.sealed(b"k" * 32).items()}
-    assert unseal({**told, field.encode(): value}, b"k" * 32) in (None, record if told[field.encode()] == value else 0)
+    assert unseal({**told, field.encode(): value}, b"k" * 32) in (
+        None,
+        record if told.get(field.encode(), b"") == value else 0,
+    )
 
 
 # -- true entries in the wrong place or at the wrong time -------------------------------------------------------------
@@ -246,7 +249,7 @@ def test_a_hostile_value_is_a_miss_and_nothing_is_made_of_it(planted, name, audi
     value = HOSTILE[name]
     took = []
     for field in ("answer", "profile", "epochs", "expires_ms", "sets"):
-        if value == planted.fields[field.encode()]:
+        if value == planted.fields.get(field.encode(), b""):
             continue
         put(planted, {**planted.fields, field.encode(): value})
         began = time.perf_counter()
@@ -305,19 +308,23 @@ LARGE = 50_000_000
 
 @pytest.mark.row(34, 35)
 @pytest.mark.parametrize("field", ["answer", "profile", "mac"])
-async def test_a_huge_value_is_a_miss_and_holds_no_loop_up(planted, field):
+async def test_a_huge_value_is_a_miss_and_holds_no_loop_up(server, new_recorder, stored, field):
+    recorder = new_recorder(url=server.unix_url, **PRODUCTION)
     async with no_tasks_left():
         for _ in range(4):
-            put(planted, {**planted.fields, field.encode(): b"x" * LARGE})
-            await planted.aask("Is the connection open?", "acme")
+            server.client.flushall()
+            await recorder.aask(QUESTION)
+            await asyncio.to_thread(stored)
+            (name,) = server.entries()
+            server.client.hset(name, field, b"x" * LARGE)
             slow = slowness()
-            took, still = await standing_still(planted.aask(QUESTION, "acme"))  # the recorder looks at the answer
+            took, still = await standing_still(recorder.aask(QUESTION))  # the recorder looks at the answer
             slow = max(slow, slowness())
             if took <= 0.120 * SLACK * slow and still <= 0.020 * SLACK * slow:
                 break
         else:
             pytest.fail(f"took {took:.3f} s, and the loop stood still for {still:.3f} s")
-        await planted.cache.aclose()
+        await recorder.cache.aclose()
 
 
 @pytest.mark.row(34)
@@ -473,9 +480,10 @@ def test_a_clock_that_steps_back_while_it_runs_changes_no_budget_and_no_age(serv
         answer = recorder.model.invoke(QUESTION)
         assert answer.response_metadata["aegis_cache"]["age_s"] >= 0
     shift[0] = 3_600
+    hasty = new_recorder(url=server.unix_url, **PRODUCTION)
     with server.frozen():
         began = time.monotonic()
-        assert recorder.ask("Another?") is False
+        assert hasty.ask("Another?") is False
         assert time.monotonic() - began <= 0.120 * SLACK * slowness()
 
 

@@ -8,7 +8,7 @@ import pytest
 from caches import MODEL, chat, prompt, text_of
 from conftest import wait_until
 
-from faults.measure import ADDED_S, Load, slowness
+from faults.measure import ADDED_S, PRODUCTION, Load, slowness
 from faults.proxy import replies
 from faults.recorder import questions
 from faults.watch import no_tasks_left
@@ -16,15 +16,19 @@ from faults.watch import no_tasks_left
 ASKED = questions(20)
 
 
-@pytest.fixture
-def through(proxy, new_recorder, stored):
-    """A recorder over the proxy, whose 20 questions are stored."""
-    recorder = new_recorder(url=proxy.url)
+def filled(recorder, stored):
+    """Have 20 questions of a recorder stored."""
     for question in ASKED:
         recorder.ask(question)
     stored()
-    assert all(recorder.ask(q) for q in ASKED)
+    wait_until(lambda: sum(recorder.ask(q) for q in ASKED) == len(ASKED))
     return recorder
+
+
+@pytest.fixture
+def through(proxy, new_recorder, stored):
+    """A recorder over the proxy, whose 20 questions are stored."""
+    return filled(new_recorder(url=proxy.url), stored)
 
 
 class Asker:
@@ -47,6 +51,14 @@ class Asker:
 @pytest.fixture(params=["blocking", "awaited"])
 def ask(request, through):
     asker = Asker(through, request.param == "awaited")
+    yield asker
+    asker.close()
+
+
+@pytest.fixture(params=["blocking", "awaited"])
+def hasty(request, proxy, new_recorder, stored):
+    """The same as `ask`, with no more time than in production."""
+    asker = Asker(filled(new_recorder(url=proxy.url, **PRODUCTION), stored), request.param == "awaited")
     yield asker
     asker.close()
 
@@ -90,36 +102,36 @@ def test_a_request_that_is_cut_anywhere_is_a_miss_and_the_next_call_is_right(ask
 
 
 @pytest.mark.row(24)
-def test_a_reply_that_comes_byte_by_byte_is_a_hit_or_a_miss_within_the_budget(ask, proxy):
+def test_a_reply_that_comes_byte_by_byte_is_a_hit_or_a_miss_within_the_budget(hasty, proxy):
     proxy.down.slice_bytes = 1
-    hits = [ask(q) for q in ASKED]
+    hits = [hasty(q) for q in ASKED]
     assert all(hit in (True, False) for hit in hits)
     proxy.down.jitter_s = 0.05
     took = []
     for question in ASKED[:6]:
         began = time.monotonic()
-        ask(question)
+        hasty(question)
         took.append(time.monotonic() - began)
     assert sorted(took)[3] <= ADDED_S * slowness()
     proxy.heal()
-    wait_until(lambda: sum(ask(q) for q in ASKED) == len(ASKED), 6)
+    wait_until(lambda: sum(hasty(q) for q in ASKED) == len(ASKED), 6)
 
 
 @pytest.mark.row(24)
-def test_bytes_that_never_arrive_cost_no_more_than_the_budget(ask, proxy):
+def test_bytes_that_never_arrive_cost_no_more_than_the_budget(hasty, proxy):
     for way in (proxy.up, proxy.down):
         way.black_hole = True
         began = time.monotonic()
-        assert ask(ASKED[0]) is False
+        assert hasty(ASKED[0]) is False
         assert time.monotonic() - began <= ADDED_S * slowness()
         proxy.heal()
-        wait_until(lambda: ask(ASKED[1]), 6)
+        wait_until(lambda: hasty(ASKED[1]), 6)
 
 
 @pytest.mark.row(24)
 def test_a_network_that_trembles_within_the_budget_costs_no_hit(ask, proxy):
     proxy.down.latency_s, proxy.down.jitter_s = 0.01, 0.02
-    assert sum(ask(q) for q in ASKED) >= len(ASKED) - 2  # a busy machine may add the rest of the budget
+    assert all(ask(q) for q in ASKED)
 
 
 @pytest.mark.row(27)

@@ -12,7 +12,17 @@ from caches import Words
 from conftest import wait_until
 from langchain_core.caches import BaseCache
 
-from faults.measure import ADDED_OPEN_S, ADDED_S, HITS_AGAIN_S, SLACK, Load, slowness, standing_still, within
+from faults.measure import (
+    ADDED_OPEN_S,
+    ADDED_S,
+    HITS_AGAIN_S,
+    PRODUCTION,
+    SLACK,
+    Load,
+    slowness,
+    standing_still,
+    within,
+)
 from faults.recorder import Recorder, Seen, Speaking, questions
 from faults.watch import no_tasks_left
 from langchain_aegis import AegisSemanticCache
@@ -29,7 +39,7 @@ def warm(server, new_recorder, stored):
     """Makes a load whose 40 questions are stored already, over the server's port."""
 
     def make(how="tasks", at_once=64, **told):
-        load = Load(new_recorder(**{"url": server.url, **told}), how, at_once)
+        load = Load(new_recorder(**{"url": server.url, **PRODUCTION, **told}), how, at_once)
         load(ASKED)
         stored()
         wait_until(lambda: load(ASKED).hits == len(ASKED))
@@ -56,7 +66,7 @@ def reasons(recorder):
 @HOW_MANY
 def test_a_redis_that_was_never_there_costs_nobody_an_answer(server, new_recorder, how):
     server.kill()
-    load = Load(new_recorder(url=server.url), how, at_once=1)
+    load = Load(new_recorder(url=server.url, **PRODUCTION), how, at_once=1)
     load(questions(4))
     assert not load.recorder.cache._connections.breaker.open
     load(questions(1))
@@ -69,7 +79,7 @@ def test_a_redis_that_was_never_there_costs_nobody_an_answer(server, new_recorde
 @pytest.mark.row(1)
 @pytest.mark.parametrize("how", ["tasks", "threads"])
 def test_of_a_redis_that_never_said_a_word_five_calls_wait(server, new_recorder, how):
-    load = Load(new_recorder(url=server.url), how, at_once=1)
+    load = Load(new_recorder(url=server.url, **PRODUCTION), how, at_once=1)
     with server.frozen():
         load(questions(30))
     assert 5 <= reasons(load.recorder)["redis_slow"] <= 7  # and one a second: a busy machine may take longer
@@ -134,7 +144,7 @@ def test_a_redis_that_says_nothing_costs_a_tenth_of_a_second_and_then_nothing(se
 @pytest.mark.row(20)
 @pytest.mark.slow
 def test_while_redis_is_frozen_one_call_a_second_tries(server, proxy, new_recorder):
-    recorder = new_recorder(url=proxy.url)
+    recorder = new_recorder(url=proxy.url, **PRODUCTION)
     load = Load(recorder, "threads", at_once=16)
     load(questions(16))
     with server.frozen():
@@ -209,8 +219,7 @@ def test_a_redis_that_takes_no_writes_for_a_while_still_answers(server, warm, ho
     load = warm(how, at_once=8)
     with paused(server, "WRITE"):
         mixed = [q for pair in zip(ASKED, questions(40, "new"), strict=True) for q in pair]
-        seen = load(mixed)
-        assert seen.hits >= len(ASKED) * 0.9
+        within(0.1, lambda: 1 - load(mixed).hits / len(ASKED))  # nine of ten, or more
         stored()
     assert load.recorder.cache.stats().not_stored.keys() & {"redis_slow", "redis_down", "queue_full"}
     assert hits_again(load, time.monotonic()) <= HITS_AGAIN_S
@@ -218,18 +227,19 @@ def test_a_redis_that_takes_no_writes_for_a_while_still_answers(server, warm, ho
 
 @pytest.mark.row(7)
 @HOW_MANY
-def test_a_full_redis_still_answers_and_stores_nothing_more(server, warm, how, stored):
-    load = warm(how)
+def test_a_full_redis_still_answers_and_stores_nothing_more(server, warm, new_recorder, how, stored):
+    load = warm(how, namespace="full")
+    calm = Load(new_recorder(url=server.url, namespace="full"), how)
     server.fill()
     within(ADDED_S, lambda: load.added(ASKED * 20))
-    assert load(ASKED).hits == len(ASKED)
-    assert load(questions(40, "new")).hits == 0
+    assert calm(ASKED).hits == len(ASKED)
+    assert calm(questions(40, "new")).hits == 0
     stored()
-    assert load.recorder.cache.stats().not_stored == {"failed": 40}
+    assert calm.recorder.cache.stats().not_stored == {"failed": 40}
     server.make_room()
-    load(questions(40, "new"))
+    calm(questions(40, "new"))
     stored()
-    assert load(questions(40, "new")).hits == 40
+    assert calm(questions(40, "new")).hits == 40
 
 
 @pytest.mark.row(7)
@@ -247,7 +257,7 @@ def test_a_redis_that_is_full_from_the_start_costs_nothing(server, new_recorder,
 @pytest.mark.row(8)
 @HOW
 def test_a_redis_that_became_a_replica_still_answers_and_takes_no_writes(server, warm, how, stored, caplog):
-    load = warm(how)
+    load = warm(how, op_budget_s=5)
     server.client.execute_command("REPLICAOF", "127.0.0.1", "1")
     assert load(ASKED).hits == len(ASKED)
     assert load(questions(40, "new")).hits == 0
@@ -300,7 +310,7 @@ def _refuses(server):
 
 @pytest.mark.row(12)
 def test_who_finds_all_connections_in_use_waits_no_longer_than_the_budget(proxy, new_cache):
-    cache = new_cache(url=proxy.url)
+    cache = new_cache(url=proxy.url, **PRODUCTION)
     cache._connections._size, cache._connections._sync = 2, None
     proxy.down.latency_s = 1.0
     recorder = Recorder(cache)
@@ -363,7 +373,7 @@ def test_something_else_under_every_other_name_is_a_miss_and_no_error(server, ne
 @pytest.mark.row(18)
 @HOW
 def test_a_name_that_nobody_knows_is_a_miss(new_recorder, how):
-    load = Load(new_recorder(url="redis://no-such-host.invalid:6379"), how, at_once=1)
+    load = Load(new_recorder(url="redis://no-such-host.invalid:6379", **PRODUCTION), how, at_once=1)
     load(questions(20))
     assert set(reasons(load.recorder)) <= {"redis_down", "redis_slow"}
 
@@ -379,7 +389,7 @@ async def test_a_name_that_takes_long_to_be_found_holds_nobody_up(new_recorder, 
         return real(host, *args, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
-    recorder = new_recorder(url="redis://slow.invalid:6379")
+    recorder = new_recorder(url="redis://slow.invalid:6379", **PRODUCTION)
 
     def blocking():
         began = time.monotonic()
@@ -411,7 +421,7 @@ def same_words(count):
 @pytest.mark.parametrize("fault", ["empty", "drop_indexes"])
 @HOW_MANY
 def test_an_index_that_is_gone_is_made_again_once_and_hits_return(server, new_recorder, stored, fault, how):
-    recorder = new_recorder(url=server.url, embeddings=Words(), min_similarity=0.999)
+    recorder = new_recorder(url=server.url, embeddings=Words(), min_similarity=0.999, **PRODUCTION)
     load = Load(recorder, how)
     asked = same_words(30)
     load(asked)
@@ -446,7 +456,9 @@ def test_many_processes_that_make_the_index_at_once_agree(server, new_cache, sto
         if (pid := os.fork()) == 0:
             code = 1
             try:
-                cache = AegisSemanticCache(server.unix_url, Words(), namespace=namespace, require_tenant=False)
+                cache = AegisSemanticCache(
+                    server.unix_url, Words(), namespace=namespace, require_tenant=False, op_budget_s=5
+                )
                 os.write(ready[1], b"r")
                 os.read(go[0], 1)
                 recorder = Recorder(cache)
@@ -488,7 +500,7 @@ def test_a_foreign_index_under_our_name_is_not_touched_and_serves_nothing_wrong(
 
 @pytest.mark.row(3)
 async def test_nothing_is_left_behind_by_an_outage(server, leaves_nothing, new_recorder):
-    recorder = new_recorder(url=server.url)
+    recorder = new_recorder(url=server.url, **PRODUCTION)
     async with no_tasks_left():
         for fault in (server.frozen, lambda: paused(server, "ALL")):
             await asyncio.gather(*(recorder.aask(q) for q in ASKED))

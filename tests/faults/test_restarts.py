@@ -14,7 +14,7 @@ from conftest import wait_until
 from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGeneration
 
-from faults.measure import ADDED_S, HITS_AGAIN_S, Load, within
+from faults.measure import ADDED_S, HITS_AGAIN_S, PRODUCTION, Load, within
 from faults.recorder import questions
 from langchain_aegis import AegisSemanticCache, aegis_scope
 from langchain_aegis.entries import unseal
@@ -139,7 +139,7 @@ def test_a_redis_that_still_reads_its_data_is_a_miss(new_server, new_recorder, s
     for number in range(25_000):
         pipe.set(f"k{number}", "v")
     pipe.execute()
-    load = Load(new_recorder(url=server.url), how, 16)
+    load = Load(new_recorder(url=server.url, **PRODUCTION), how, 16)
     asked = questions(20)
     load(asked)
     stored()
@@ -195,7 +195,7 @@ def test_after_a_kill_the_exact_tier_hits_at_once_and_the_other_soon(our_own, ne
 @pytest.mark.row(2, 37)
 @pytest.mark.slow
 def test_a_redis_that_is_killed_again_and_again_while_many_ask_serves_nothing_wrong(our_own, new_recorder, rounds):
-    load = Load(new_recorder(url=our_own.url), "threads", 16)
+    load = Load(new_recorder(url=our_own.url, **PRODUCTION), "threads", 16)
     asked = questions(60)
     done = threading.Event()
 
