@@ -24,7 +24,7 @@ from redis.retry import Retry
 
 from langchain_aegis.breaker import Breaker, Unavailable
 from langchain_aegis.errors import AegisConfigError
-from langchain_aegis.links import AsyncLinks, Links, TooLarge, packed
+from langchain_aegis.links import AllInUse, AsyncLinks, Links, TooLarge, packed
 from langchain_aegis.loops import PerLoop
 from langchain_aegis.notices import warn_once
 from langchain_aegis.settings import redact_url
@@ -158,6 +158,8 @@ class Connections:
         if isinstance(exc, TooLarge):  # Redis is well
             warn_once("reply_too_large", "Redis holds something very large under a name of ours; it is not read")
             return Unavailable("unreadable" if exc.own else "redis_down")
+        if isinstance(exc, AllInUse):  # those who have one will find out how Redis is
+            return Unavailable("redis_slow")
         self.breaker.failed()
         slow = isinstance(exc, (RedisTimeoutError, TimeoutError))
         warn_once(

@@ -41,6 +41,13 @@ class TooLarge(RedisError):
         self.own = own
 
 
+class AllInUse(RedisTimeoutError):
+    """No connection became free in time: too many ask at once, which says nothing about Redis."""
+
+    def __init__(self) -> None:
+        super().__init__("all connections to Redis are in use")
+
+
 def packed(commands: Sequence[tuple[Any, ...]]) -> bytes:
     """Return commands as they are sent."""
     return b"".join([hiredis.pack_command(command) for command in commands])
@@ -210,7 +217,7 @@ class Links:
                         self._count += 1
                         break
                     if left_s <= 0 or not self._changed.wait(left_s):
-                        raise RedisTimeoutError("all connections to Redis are in use")
+                        raise AllInUse
             finally:
                 self._waiting -= 1
         try:

@@ -941,3 +941,21 @@ def test_notes_come_with_the_search(kept):
     kept.do(kept.store.note(name(2), name(1), "0.5"))
     found = kept.do(kept.store.nearest(SCOPE, EMB, pack(direction(0)), 5, kept.epochs(), 1_000, asking=name(2)))
     assert ([n.record.key for n in found.near], found.notes) == ([name(1)], {name(1): "0.5"})
+
+
+def test_callers_that_find_every_connection_in_use_say_nothing_about_redis(redis_url):
+    connections = Connections(redis_url, budget_s=5, max_connections=1)
+    with redis.Redis.from_url(redis_url) as client:
+        name = f"free-{uuid.uuid4().hex}"
+        blocked = threading.Thread(target=connections.perform, args=(Commands((("BLPOP", name, "4"),)),))
+        blocked.start()
+        wait_until(lambda: any("blpop" in told["cmd"] for told in client.client_list()))
+        connections._sync._wait_s = 0.0
+        for _ in range(10):
+            with pytest.raises(Unavailable, match="redis_slow"):
+                connections.perform(Commands((("PING",),)))
+        client.rpush(name, "1")
+        blocked.join()
+    assert not connections.breaker._failed
+    assert connections.perform(Commands((("PING",),)))
+    connections.close()
