@@ -480,6 +480,7 @@ async def merged(ask, *others, gate):
         ({}, {"cache": "off"}, 2),
     ],
 )
+@pytest.mark.row(57)
 async def test_calls_are_shared_within_a_tenant_only(one, other, calls):
     gate = asyncio.Event()
     wrapper = BatchingChatModel(Fake(temperature=0, gate=gate))
@@ -507,6 +508,7 @@ async def test_calls_are_shared_within_a_tenant_only(one, other, calls):
     ],
 )
 @pytest.mark.parametrize("way", ["direct", "chain"])
+@pytest.mark.row(57)
 async def test_a_tenant_in_the_config_is_not_shared_with_another(one, other, calls, way):
     gate = asyncio.Event()
     wrapper = BatchingChatModel(Fake(temperature=0, gate=gate))
@@ -520,6 +522,7 @@ async def test_a_tenant_in_the_config_is_not_shared_with_another(one, other, cal
     assert len(wrapper.inner.calls) == calls
 
 
+@pytest.mark.row(57)
 async def test_the_wrappers_own_cache_decides_about_sharing():
     gate = asyncio.Event()
     never = BatchingChatModel(Fake(temperature=0, gate=gate), cache=False)
@@ -643,6 +646,7 @@ class Runs(BaseCallbackHandler):
         self.errors.append(run_id)
 
 
+@pytest.mark.row(58)
 async def test_callers_of_one_call_keep_their_callbacks_tags_and_run_ids():
     gate = asyncio.Event()
     wrapper = BatchingChatModel(Fake(temperature=0, gate=gate))
@@ -663,6 +667,7 @@ async def test_callers_of_one_call_keep_their_callbacks_tags_and_run_ids():
     assert [a.content for a in answers] == [f"answer 1 to q for {i}" for i in range(3)]
 
 
+@pytest.mark.row(58)
 async def test_a_call_of_its_own_runs_in_its_callers_context(small):
     small.admission.limit(max_waiting=10)
 

@@ -131,6 +131,7 @@ def test_a_guard_stops_a_near_question_and_says_so(make_cache):
         (prompt("How long can I keep a book?"), MODEL.replace("None", "['X']")),
     ],
 )
+@pytest.mark.row(49)
 def test_another_model_system_history_or_option_never_shares(make_cache, other_prompt, other_model):
     cache = make_cache()
     cache.update(prompt("How long can I keep a book?"), MODEL, chat("28 days"))
@@ -138,6 +139,7 @@ def test_another_model_system_history_or_option_never_shares(make_cache, other_p
     assert cache.lookup(other_prompt, other_model) is None
 
 
+@pytest.mark.row(56)
 def test_a_nearer_entry_of_another_tenant_neither_answers_nor_hides_ones_own(make_cache):
     cache = make_cache()
     with aegis_scope(tenant="a"):
@@ -150,6 +152,7 @@ def test_a_nearer_entry_of_another_tenant_neither_answers_nor_hides_ones_own(mak
         assert text_of(cache.lookup(prompt("How long may I keep a book?"), MODEL)) == "a: 28"
 
 
+@pytest.mark.row(59)
 def test_once_a_tenant_was_seen_calls_without_one_bypass_the_cache(make_cache, caplog):
     cache = make_cache()
     cache.update(prompt("How long may I keep a book?"), MODEL, chat("28"))
@@ -167,6 +170,7 @@ def test_once_a_tenant_was_seen_calls_without_one_bypass_the_cache(make_cache, c
     assert relaxed.lookup(prompt("Where is the cafe?"), MODEL) is None
 
 
+@pytest.mark.row(59)
 def test_a_required_tenant_is_required_from_the_start(make_cache):
     cache = make_cache(require_tenant=True)
     cache.update(prompt("How long may I keep a book?"), MODEL, chat("28"))
@@ -275,6 +279,7 @@ def test_an_expired_answer_is_never_served_even_if_redis_still_has_it(make_cache
     assert cache.lookup(prompt("Why is this so?"), MODEL) is None
 
 
+@pytest.mark.row(62)
 def test_invalidation_by_source_and_tenant(make_cache):
     cache = make_cache()
     with aegis_scope(tenant="a", sources=["doc1"]):
@@ -344,6 +349,7 @@ def test_health_says_what_the_namespace_holds(make_cache):
     assert (cache.health().search, cache.health().embedder) == (True, "words")
 
 
+@pytest.mark.row(61)
 def test_nothing_that_a_user_typed_or_a_secret_stands_in_redis(make_cache, redis_url):
     cache = make_cache()
     with aegis_scope(tenant="canary-tenant", user="canary-user", sources=["canary-source"]):
@@ -478,6 +484,7 @@ class Hanging(Words):
         return super().embed_query(text)
 
 
+@pytest.mark.row(46)
 def test_a_broken_embedder_costs_only_the_semantic_tier(make_cache):
     broken = Broken()
     cache = make_cache(embeddings=broken)
@@ -500,6 +507,7 @@ def test_an_embedder_that_is_being_made_is_not_missing(make_cache, monkeypatch):
     assert not embedder.missing
 
 
+@pytest.mark.row(43)
 def test_vectors_without_a_direction_are_never_stored_or_asked(make_cache):
     cache = make_cache(embeddings=Odd())
     for question in ("How long may I keep a book?", "What does a card cost?"):
@@ -509,6 +517,7 @@ def test_vectors_without_a_direction_are_never_stored_or_asked(make_cache):
     assert text_of(cache.lookup(prompt("What does a card cost?"), MODEL)) == "What does a card cost?"
 
 
+@pytest.mark.row(46)
 def test_a_vector_that_comes_too_late_for_the_lookup_serves_the_update(make_cache):
     hanging, seen = Hanging(), []
     cache = make_cache(embeddings=hanging, embed_budget_s=0.05, on_lookup=seen.append)
@@ -520,6 +529,7 @@ def test_a_vector_that_comes_too_late_for_the_lookup_serves_the_update(make_cach
     assert text_of(cache.lookup(prompt("How long can I keep a book?"), MODEL)) == "28"
 
 
+@pytest.mark.row(53)
 def test_an_unusable_tenant_bypasses_the_cache(make_cache, caplog):
     from langchain_aegis.scope import seen_config
 
@@ -531,6 +541,7 @@ def test_an_unusable_tenant_bypasses_the_cache(make_cache, caplog):
     assert "bad_identity" in caplog.text
 
 
+@pytest.mark.row(61)
 def test_whatever_goes_wrong_inside_the_call_goes_on(make_cache, monkeypatch, caplog):
     cache = make_cache()
     monkeypatch.setattr(cache.cache._engine, "find", lambda key: 1 / 0)

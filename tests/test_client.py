@@ -341,6 +341,7 @@ def test_a_redirect_is_not_followed(server, ollama, way):
 @WAYS
 @pytest.mark.parametrize("host", ["127.0.0.1:1", "nowhere.invalid:11434"])
 @pytest.mark.parametrize("kind", [stream, ask])
+@pytest.mark.row(61)
 def test_an_unreachable_server_is_named_without_its_password(host, kind, way):
     """The cause is kept, the password is not shown."""
     with pytest.raises(AegisConnectionError, match="ollama serve") as caught:

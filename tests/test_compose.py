@@ -131,6 +131,7 @@ def test_files_that_are_mounted_exist_and_are_read_only():
 # -- The Redis of the file, run with the real server and the real search module ----------------------------------
 
 
+@pytest.mark.row(126)
 def test_the_user_may_call_every_command_that_the_store_calls():
     """Both the commands of the flows and those inside the scripts."""
     source = "".join(
@@ -207,6 +208,7 @@ def test_nobody_gets_in_without_the_password(container):
     assert hashlib.sha256(PASSWORD.encode()).hexdigest() in acl.read_text()
 
 
+@pytest.mark.row(126)
 def test_the_user_reaches_its_own_names_only(client):
     client.hset("aegis:{p00}:x", "a", "1")
     assert client.hgetall("aegis:{p00}:x") == {"a": "1"}
@@ -224,6 +226,7 @@ def refusals(client):
     return sum(stats["rejected_calls"] for stats in client.info("commandstats").values())
 
 
+@pytest.mark.row(126)
 def test_the_cache_works_with_the_rights_of_that_user(container, client):
     """Store, exact hit, search, invalidation and clear: Redis refuses no command."""
     from langchain_core.embeddings import DeterministicFakeEmbedding
@@ -243,6 +246,7 @@ def test_the_cache_works_with_the_rights_of_that_user(container, client):
     assert refusals(client) == before
 
 
+@pytest.mark.row(126)
 def test_every_flow_of_the_store_works_with_the_rights_of_that_user(container, client):
     from langchain_aegis.connections import Connections
     from langchain_aegis.entries import Record

@@ -95,6 +95,7 @@ def test_invalidation_by_task_and_by_model(make_cache):
     assert asked(cache, CARD, OTHER_MODEL) is None
 
 
+@pytest.mark.row(62)
 def test_invalidation_within_a_tenant_leaves_the_other_tenants(make_cache):
     cache = make_cache()
     for tenant in ("acme", "globex"):

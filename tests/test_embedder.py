@@ -60,6 +60,7 @@ async def test_an_embedder_with_a_way_of_its_own_is_awaited():
     assert await embedder(Awaited(lambda: 1 / 0)).aembed("x") == [2.0]
 
 
+@pytest.mark.row(46)
 async def test_what_an_embedder_raises_is_a_fault_at_once_and_not_a_delay():
     def stop():
         raise StopIteration
@@ -131,6 +132,7 @@ def test_many_callers_get_their_own_vectors_from_a_few_threads():
     assert len(used) <= 8
 
 
+@pytest.mark.row(46)
 def test_what_hangs_costs_its_thread_and_not_the_others_their_answers():
     free = threading.Event()
     hanging, quick = embedder(Blocking(lambda: free.wait(60) and [1.0]), 0.01), embedder(Blocking(lambda: [2.0]))

@@ -244,6 +244,7 @@ def test_one_call_in_a_loop_of_its_own_is_kept(server, make_cache):
     assert sent(server) == [["x"]]
 
 
+@pytest.mark.row(61)
 def test_redis_holds_no_text_and_nothing_for_ever(server, make_cache, raw, namespace):
     AegisEmbeddings("embed", base_url=server.base_url, cache=make_cache(ttl_s=60)).embed_documents(["secret", "other"])
     names = raw.names()
@@ -349,6 +350,7 @@ def test_clearing_removes_all_vectors_and_nothing_else(server, make_cache, raw, 
 # -- which model --
 
 
+@pytest.mark.row(44)
 def test_a_model_that_was_pulled_anew_has_no_vectors_yet(changing, make_cache, way):
     """Noticed after 30 s, by every process; the old ones come back with the old model."""
     model = AegisEmbeddings("m", base_url=changing.url, cache=make_cache())
@@ -410,6 +412,7 @@ def test_what_changes_a_vector_is_part_of_its_name(server, make_cache):
     assert len(sent(server)) == 4
 
 
+@pytest.mark.row(44)
 def test_vectors_of_another_length_are_of_another_model(changing, way):
     """Where nothing else says so; they are never mixed."""
     changing.tells = False
@@ -534,5 +537,6 @@ def test_wrong_caches_are_said_at_once(server):
 
 
 @pytest.mark.parametrize("vector", [[], [float("nan")], [float("inf"), 1.0], [1e300], ["x"], [None], None])
+@pytest.mark.row(43)
 def test_what_is_no_vector_is_not_kept(vector):
     assert pack(vector) is None

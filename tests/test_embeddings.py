@@ -321,6 +321,7 @@ def test_a_loop_that_ends_leaves_nothing_behind(server, model):
     "embeddings",
     [None, [], [[1.0]], [[1.0], [1.0, 2.0]], [[], []], [[1.0], ["x"]], [[1.0], [None]], [1.0, 2.0], [[1e999], [1.0]]],
 )
+@pytest.mark.row(43)
 def test_vectors_that_are_none_are_a_server_error(lying, embeddings, way):
     """Wrong count, wrong length, not numbers, not finite."""
     text = repr(embeddings).replace("None", "null").replace("inf", "1e999").replace("'", '"')
@@ -329,6 +330,7 @@ def test_vectors_that_are_none_are_a_server_error(lying, embeddings, way):
         embed(AegisEmbeddings("m", base_url=lying.url), way, ["a", "b"])
 
 
+@pytest.mark.row(43)
 def test_not_a_number_is_a_server_error(lying, way):
     """Some servers write it so."""
     lying.script = plain(b'{"embeddings":[[NaN,1.0]]}')

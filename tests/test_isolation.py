@@ -56,6 +56,7 @@ def vector(angle):
     return pack([math.cos(angle), math.sin(angle), 0.0, 0.0])
 
 
+@pytest.mark.row(56)
 def test_many_nearer_entries_of_another_scope_do_not_hide_ones_own(any_redis):
     """More than k of them: a search that filtered afterwards would find none of ours."""
     scopes = Scopes(any_redis.url)

@@ -24,6 +24,7 @@ def key(*messages, llm=MODEL, who=None, question=None, ring=RING):
 BASE = (SystemMessage("You support a library."), HumanMessage("How long may I keep a book?"))
 
 
+@pytest.mark.row(54)
 def test_a_key_is_hex_and_holds_no_text():
     found = key(*BASE, who=Who(tenant="acme", user="alice", task="chat"))
     for digest in (found.exact, found.scope):
@@ -45,12 +46,14 @@ def test_a_key_is_hex_and_holds_no_text():
         {"ring": Keyring(b"another secret of 32 bytes length")},
     ],
 )
+@pytest.mark.row(49)
 def test_model_option_tenant_user_and_task_change_both_keys(changed):
     base, other = key(*BASE), key(*BASE, **changed)
     assert base.exact != other.exact
     assert base.scope != other.scope
 
 
+@pytest.mark.row(49)
 def test_system_and_history_change_the_scope_and_the_question_does_not():
     base = key(*BASE)
     assert key(SystemMessage("Be rude."), BASE[1]).scope != base.scope
@@ -67,7 +70,7 @@ texts = st.text(max_size=30)
     st.tuples(*[st.one_of(st.none(), texts.filter(str.strip))] * 3),
     st.tuples(*[st.one_of(st.none(), texts.filter(str.strip))] * 3),
 )
-@pytest.mark.row(42)
+@pytest.mark.row(42, 54, 55)
 def test_no_two_identities_share_a_key(one, two):
     def of(i):
         return key(*BASE, who=Who(tenant=i[0], user=i[1], task=i[2]))

@@ -175,6 +175,7 @@ def test_what_sync_calls_kept_answers_async_ones(server, model, make):
     ],
     ids=["system", "tool", "another tool", "tool strategy", "provider strategy", "model", "temperature"],
 )
+@pytest.mark.row(49)
 def test_everything_that_the_model_sees_is_in_the_key(server, make, change, ask):
     def agent(model="chat:8b", temperature=0, **told):
         chat = ChatAegis(model, base_url=server.base_url, temperature=temperature)

@@ -188,6 +188,7 @@ def searches(kept, of):
     return seen
 
 
+@pytest.mark.row(52)
 def test_how_is_searched_depends_on_the_size_of_the_scope(kept):
     kept.store.search, now = True, [0.0]
     kept.store._server_search = nearby.ServerSearch(clock=lambda: now[0])

@@ -30,6 +30,7 @@ def test_an_inner_scope_changes_only_what_it_names():
         *({"ttl_s": t} for t in (0, float("nan"), True)), *({"sources": s} for s in ("doc", [""], [3])),
     ],
 )  # fmt: skip
+@pytest.mark.row(53)
 def test_a_bad_value_is_refused_at_once(bad):
     with pytest.raises(AegisConfigError):
         aegis_scope(**bad)
@@ -97,6 +98,7 @@ def test_leaving_in_another_context_never_raises():
     assert current().tenant is None
 
 
+@pytest.mark.row(59)
 def test_the_scope_and_the_config_of_the_call_complete_each_other():
     with seen_config({"configurable": {"tenant_id": "acme", "user_id": 7}}):
         assert who("tenant_id", "user_id") == ("acme", "7")
@@ -108,6 +110,7 @@ def test_the_scope_and_the_config_of_the_call_complete_each_other():
 
 
 @pytest.mark.parametrize("told", [{"tenant": "globex"}, {"tenant": "acme", "user": "u2"}, {"user": "u2"}])
+@pytest.mark.row(59)
 def test_a_scope_and_a_config_that_name_different_ones_name_nobody(told):
     """A scope that came along by mistake (a worker started inside it) must not decide whose answer is served."""
     from langchain_core.runnables import RunnableLambda
@@ -120,6 +123,7 @@ def test_a_scope_and_a_config_that_name_different_ones_name_nobody(told):
             RunnableLambda(lambda _: who("tenant_id", "user_id")).invoke(1, config)
 
 
+@pytest.mark.row(59)
 def test_a_scope_and_a_graphs_context_that_name_different_tenants_name_nobody():
     from langgraph.graph import START, StateGraph
 
@@ -133,6 +137,7 @@ def test_a_scope_and_a_graphs_context_that_name_different_tenants_name_nobody():
             compiled.invoke({}, context={"tenant_id": "globex"})
 
 
+@pytest.mark.row(53)
 def test_an_unusable_tenant_in_a_config_is_an_error_never_another_bucket():
     for bad in ("", "  ", ["a"], True):
         with seen_config({"configurable": {"tenant_id": bad}}), pytest.raises(AegisConfigError):

@@ -154,6 +154,7 @@ def test_what_is_no_address_is_refused(text):
 
 
 @given(password=st.text(st.characters(codec="ascii", categories=("L", "N", "P", "S")), min_size=1, max_size=20))
+@pytest.mark.row(61)
 def test_redaction_never_leaves_a_part_of_the_password(password):
     """Not even for a password that somebody forgot to quote."""
     secret = f"SECRET{password}TERCES"
@@ -179,11 +180,13 @@ def test_redaction_keeps_what_is_no_secret():
         {"AEGIS_SECRET_KEY": PASSWORD},
     ],
 )
+@pytest.mark.row(61)
 def test_the_settings_can_be_printed_without_showing_a_secret(env):
     assert PASSWORD not in repr(AegisSettings.from_env(env))
 
 
 @pytest.mark.parametrize("address", [f"http://user:{PASSWORD}@gpu:port", f"ftp://user:{PASSWORD}@gpu"])
+@pytest.mark.row(61)
 def test_an_error_about_an_address_does_not_show_its_password(address):
     with pytest.raises(AegisConfigError) as caught:
         AegisSettings.from_env({"OLLAMA_BASE_URL": address})

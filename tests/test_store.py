@@ -157,6 +157,7 @@ def test_near_records_come_nearest_first(kept):
     assert len(kept.nearest(direction(0.0), k=2)) == 2
 
 
+@pytest.mark.row(44)
 def test_another_scope_or_embedder_is_never_found(kept):
     kept.put(name(1), vec=pack(direction(0)))
     kept.put(name(2), vec=pack(direction(0)), scope=OTHER_SCOPE)
@@ -241,6 +242,7 @@ def test_removal_follows_the_sets(kept):
     assert kept.entries() == set()
 
 
+@pytest.mark.row(62)
 def test_clear_removes_this_namespace_and_no_other(kept, any_redis):
     other = Kept(any_redis.url)
     kept.put(name(1))

@@ -202,6 +202,7 @@ async def test_generators_read_in_turn_bypass_the_cache_until_one_is_closed(mode
     await model.cache.aclose()
 
 
+@pytest.mark.row(59)
 async def test_a_call_whose_config_names_another_tenant_than_the_scope_bypasses_the_cache(model, server, caplog):
     forget_warnings()
     config = {"configurable": {"tenant_id": "b"}}

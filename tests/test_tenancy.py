@@ -411,6 +411,7 @@ async def test_a_tenant_that_only_another_node_named_is_no_tenant_and_nothing_is
     assert await never_shared(server, lambda tenant: last_text(graph, context=OtherContext(tenant))) == 4
 
 
+@pytest.mark.row(57)
 async def test_many_runs_of_two_tenants_at_once_do_not_mix(server, model):
     graph = graph_of(nodes_of(model, True), nodes_of(model, False), context_schema=Context)
     tenants = ["acme", "globex"] * 20
@@ -496,12 +497,14 @@ async def _first_text(awaitable):
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.row(59)
 async def test_the_config_of_a_call_names_its_tenant(server, model, call):
     """By the name that AEGIS_TENANT_KEY says."""
     await kept_apart(server, lambda tenant: call(model, tenant))
 
 
 @pytest.mark.parametrize("call", ["invoke", "ainvoke", "stream", "astream", "batch", "abatch", "prompt | model"])
+@pytest.mark.row(59)
 async def test_the_config_of_a_call_names_its_tenant_through_admission_too(server, model, call):
     outer = BatchingChatModel(model.model_copy(update={"cache": None}), cache=model.cache)
     if "stream" in call:  # the wrapper neither looks up nor keeps what is streamed
@@ -511,6 +514,7 @@ async def test_the_config_of_a_call_names_its_tenant_through_admission_too(serve
 
 
 @pytest.mark.parametrize("way", ["batch", "abatch"])
+@pytest.mark.row(58)
 async def test_each_item_of_a_batch_may_be_another_tenants(server, model, way):
     tenants = ["acme", "globex"] * 4
     configs = [named(tenant) for tenant in tenants]
@@ -524,6 +528,7 @@ async def test_each_item_of_a_batch_may_be_another_tenants(server, model, way):
     assert (len(set(texts[0::2])), len(set(texts[1::2]))) == (1, 1)
 
 
+@pytest.mark.row(59)
 async def test_the_config_of_one_call_is_forgotten_by_the_next(server, make):
     model = await make(require_tenant=False)
     first = await model.ainvoke(QUESTION, named("acme"))
@@ -711,6 +716,7 @@ async def test_two_generators_read_in_turn_share_nothing(server, model, bound):
 
 
 @pytest.mark.parametrize("require_tenant", ["auto", True, False])
+@pytest.mark.row(59)
 async def test_who_names_no_tenant_gets_nothing_of_those_who_do(server, make, require_tenant):
     model = await make(require_tenant=require_tenant)
     with aegis_scope(tenant="acme"):
@@ -738,6 +744,7 @@ async def test_a_tenant_named_later_ends_what_was_shared(server, make):
 
 
 @pytest.mark.parametrize("bad", ["", "  ", 3.5, True, ["acme"], b"acme"])
+@pytest.mark.row(53)
 async def test_a_tenant_that_is_no_name_bypasses_the_cache(server, model, bad):
     for _ in range(2):
         await model.ainvoke(QUESTION, named(bad))

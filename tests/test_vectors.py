@@ -34,10 +34,12 @@ def test_similarities_are_the_cosines():
 @pytest.mark.parametrize(
     "bad", [[], [0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0], [1e308, 1e308], ["a"], None, [[1.0]], [None, 1.0]]
 )
+@pytest.mark.row(43)
 def test_a_vector_without_a_direction_is_refused(bad):
     assert pack(bad) is None
 
 
+@pytest.mark.row(45)
 def test_other_lengths_and_stored_nan_are_no_number():
     query = pack([1.0, 0.0])
     for stored in (pack([1.0, 0.0, 0.0]), b"", b"\x00", b"\x00\x7e\x00\x7e", b"\x00\x00\x00\x00"):
@@ -45,6 +47,7 @@ def test_other_lengths_and_stored_nan_are_no_number():
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.row(45)
 def test_a_stored_vector_that_is_no_direction_is_no_number_alone_or_among_others():
     query, infinite = pack([3.0, 4.0]), b"\x00\x7c\x00\xfc"
     for stored in ([infinite], [infinite, query], [b"\x00" * 4], [query[:2]], [b"odd"]):
