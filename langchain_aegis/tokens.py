@@ -16,7 +16,9 @@ TOKEN = re.compile(
     | https?://\S+ | [\w.+-]{1,64}@[\w-]+\.[\w.-]*\w                     # addresses
     | (?<!\S)--?[^\W\d][\w-]*                                       # options
     | km/h | m/s | [cC]\+\+ | [cCfF]\#(?!\w)
+    | \d{4}-\d\d?-\d\d?(?![\w-])                                    # dates: their parts have an order
     | \d+(?:[.,:/]\d+)*(?:[^\W_]\w*)?                               # numbers and what hangs on them
+    | [^\W\d_]\w*\(\)                                               # functions: get() is no "get"
     | [^\W\d_]\w*(?:[-'./][^\W_]\w*)*                               # words, file names, compounds
     | _\w+ | [%€$£¥₹&] | °[cfCF]
     """,
@@ -26,9 +28,9 @@ TOKEN = re.compile(
 SYMBOL = re.compile(r"""[^\w\s!"#$%&'(),\-./:;?@`\x00-\x1f\x7f’‘‚“”„–—−…°€£¥₹§¿¡«»·•´]""")
 # Most questions are letters, spaces and these marks. TOKEN finds runs of letters in them, and SYMBOL nothing: this is
 # said faster.
-PLAIN_TEXT = re.compile(r"[a-zA-ZäöüÄÖÜß\s,:;!?()]*+")
+PLAIN_TEXT = re.compile(r"[a-zA-ZäöüÄÖÜß\s,:;!?)]*+(?:\((?!\))[a-zA-ZäöüÄÖÜß\s,:;!?)]*+)*+")
 WORD = re.compile(r"[a-zA-ZäöüÄÖÜß]+")
-NUMBER = re.compile(r"(\d+(?:[.,:/]\d+)*)(.*)", re.DOTALL)
+NUMBER = re.compile(r"(\d{4}-\d\d?-\d\d?|\d+(?:[.,:/]\d+)*)(.*)", re.DOTALL)
 GROUPED = re.compile(r"\d{1,3}(?:[.,]\d{3})+")
 _INITIALS = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")
 _LETTERS = re.compile(r"[^\W\d_]+(?:[-/'][^\W\d_]+)*|[^\w\s].*|.", re.DOTALL)
@@ -110,8 +112,10 @@ def _forms(token: str, language: str, table: Table) -> tuple[Form, ...]:
     word = table.find(low) or table.find_stem(base)
     if word is not None:
         return (Form(low, base, word, PLAIN, capital=capital),)
-    if first == "-" or not _LETTERS.fullmatch(token):
-        return (Form(low, low.lstrip("-"), None, CODE),)
+    if first == "-":
+        return (Form(low, token.lstrip("-"), None, CODE),)  # -v is not -V
+    if not _LETTERS.fullmatch(token):
+        return (Form(low, low.removesuffix("()"), None, CODE),)
     if "-" in token or "/" in token or "'" in token:
         parts = [part for part in re.split(r"[-/']", token) if part]
         if parts[0].lower() in ("non", "nicht") and len(parts) > 1:

@@ -100,7 +100,7 @@ def test_changed_bytes_are_refused_or_are_a_profile_of_their_own(text: str, at: 
         Profile.decode(bytes(data) + b"\0")
 
 
-@given(st.text(alphabet="aehozAEHOZäöüÄÖÜß ,:;!?()\n\t\u00a0"))
+@given(st.text(alphabet="aehozAEHOZäöüÄÖÜß ,:;!?()\n\t\u00a0").filter(lambda text: "()" not in text))
 def test_a_plain_text_has_the_tokens_that_any_text_has(text: str) -> None:
     assert PLAIN_TEXT.fullmatch(text)
     assert WORD.findall(text) == TOKEN.findall(text)
@@ -108,7 +108,7 @@ def test_a_plain_text_has_the_tokens_that_any_text_has(text: str) -> None:
 
 
 def test_what_is_more_than_words_is_no_plain_text() -> None:
-    for mark in "0_-'\"./\\@#%&*+<=>[]^`{|}~€°„“”’é→🙂":
+    for mark in (*"0_-'\"./\\@#%&*+<=>[]^`{|}~€°„“”’é→🙂", "()"):
         assert not PLAIN_TEXT.fullmatch(f"How deep is it{mark}"), mark
 
 
@@ -170,6 +170,9 @@ BLOCKED = [
     ("How far may the drone fly with 3 batteries?", "How far may the drone fly with 4 batteries?", "number"),
     ("How do I move from release 2.1 to 2.2?", "How do I move from release 2.1 to 2.3?", "number"),
     ("Is the lamp free for orders over 1,000 pieces?", "Is the lamp free for orders over 10,000 pieces?", "number"),
+    ("Is the gate open on 2026-01-02?", "Is the gate open on 2026-02-01?", "number"),
+    ("What does get() return for a lamp?", "What does set() return for a lamp?", "identifier"),
+    ("Which flag makes the ferry -v?", "Which flag makes the ferry -V?", "identifier"),
     ("Who wrote the third letter?", "Who wrote the second letter?", "number"),
     ("Wie lange reichen 5 Liter Farbe?", "Wie lange reichen 5 Milliliter Farbe?", "quantity"),
     ("May the tank be empty for 2 hours?", "May the tank be empty for 2 days?", "quantity"),
@@ -236,6 +239,7 @@ def test_a_difference_that_changes_the_answer_is_named(cached: str, new: str, co
         ("How do I reserve a kayak?", "Hello, quick question: how do I reserve a kayak? Thanks!"),
         ("How do I reserve a kayak?", "How do I resreve a kayak"),
         ("Is zorblaxing a way to zorblax the lake?", "Is zorlbaxed a way to zorlbax the lake?"),
+        ("What does parse_map return?", "What does parse_map() return?"),
         ("Where is the boat house?", "What is the location of the boat house?"),
         ("What does a guide cost?", "How much is a guide?"),
         ("Can four persons share a tent?", "Can 4 people share a tent?"),
