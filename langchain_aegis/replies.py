@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
-from redis.exceptions import ResponseError
+from redis.exceptions import NoPermissionError, ResponseError
 
 from langchain_aegis.entries import Record
 from langchain_aegis.profiles import Profile
@@ -129,6 +129,8 @@ def raise_error(reply: Any) -> None:
 
 def error_kind(error: Exception) -> str:
     """Return an error reply's first word (NOPERM, OOM, READONLY ...): never its text, which may quote a command."""
+    if isinstance(error, NoPermissionError):  # redis-py has taken the word off
+        return "NOPERM"
     words = str(error).split(maxsplit=1)
     word = words[0].strip(",.:") if words else ""
     return word if word.isupper() else type(error).__name__
