@@ -135,7 +135,8 @@ def test_files_that_are_mounted_exist_and_are_read_only():
 def test_the_user_may_call_every_command_that_the_store_calls():
     """Both the commands of the flows and those inside the scripts."""
     source = "".join(
-        (ROOT / f"langchain_aegis/{m}.py").read_text() for m in ("store", "namespace", "nearby", "scripts")
+        (ROOT / f"langchain_aegis/{m}.py").read_text()
+        for m in ("store", "namespace", "nearby", "scripts", "embedding_cache")
     )
     called = set(re.findall(r'\(\(?"([A-Z][A-Z._]+)",', source)) | set(re.findall(r"redis\.p?call\('([A-Z]+)'", source))
     assert {"HGETALL", "EVAL", "FCALL_RO", "FUNCTION", "FT.SEARCH", "PEXPIRE", "ZSCAN", "SCAN", "TIME"} <= called
