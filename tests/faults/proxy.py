@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Callable
@@ -51,6 +52,7 @@ class Proxy:
 
     Args:
         target: A port of loopback, or the path of a unix socket.
+        tls: What it shows to clients, if they are to speak TLS; the server is spoken to without.
 
     Attributes:
         up: What happens on the way to the server.
@@ -58,8 +60,8 @@ class Proxy:
         made: Connections so far; `open`: those that are open; `most`: so many were open at a time.
     """
 
-    def __init__(self, target: int | str) -> None:
-        self._target = target
+    def __init__(self, target: int | str, tls: ssl.SSLContext | None = None) -> None:
+        self._target, self._tls = target, tls
         self.up, self.down = Toxics(), Toxics()
         self.made = self.most = 0
         self._writers: set[asyncio.StreamWriter] = set()
@@ -99,7 +101,7 @@ class Proxy:
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        server = await asyncio.start_server(self._connection, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._connection, "127.0.0.1", 0, ssl=self._tls)
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
         async with server:

@@ -1,0 +1,104 @@
+"""Over TLS only a server that shows the right certificate is told anything."""
+
+import logging
+
+import pytest
+import redis
+
+from faults import certificates
+from faults.proxy import Proxy
+
+pytestmark = pytest.mark.skipif(not certificates.possible(), reason="needs the openssl command")
+
+QUESTION = "What is the fee of item 7?"
+PASSWORD = "canary-password"
+LOCAL = "DNS:localhost,IP:127.0.0.1"
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """What servers show, by name, and the CA that clients are given."""
+    path = tmp_path_factory.mktemp("tls")
+    ours, other = (certificates.Authority(path, name) for name in ("ours", "other"))
+    yield (
+        ours.file,
+        {
+            "right": ours.server("right", LOCAL),
+            "another CA's": other.server("foreign", LOCAL),
+            "for another host": ours.server("elsewhere", "DNS:elsewhere.example,IP:127.0.0.2"),
+            "expired": ours.server("late", LOCAL, days=-1),
+        },
+    )
+
+
+@pytest.fixture
+def over_tls(server, shown):
+    """Makes a TLS address of the Redis; what it shows may be chosen."""
+    made = []
+    server.client.execute_command("ACL", "SETUSER", "canary", "on", f">{PASSWORD}", "~*", "+@all")
+
+    def make(name="right", host="localhost", scheme="rediss", ca=True, tls=True):
+        made.append(Proxy(str(server.socket), shown[1][name] if tls else None))
+        told = f"?ssl_ca_certs={shown[0]}" if ca and scheme == "rediss" else ""
+        return f"{scheme}://canary:{PASSWORD}@{host}:{made[-1].port}{told}"
+
+    yield make
+    for proxy in made:
+        proxy.close()
+    server.client.execute_command("ACL", "DELUSER", "canary")
+
+
+@pytest.mark.row(125)
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+@pytest.mark.parametrize("given", ["address", "client"])
+async def test_the_right_certificate_is_believed(over_tls, new_recorder, stored, given, host):
+    url = over_tls(host=host)
+    client = redis.Redis.from_url(url) if given == "client" else None
+    told = {"redis": client} if client else {"url": url}
+    recorder = new_recorder(**told, op_budget_s=10)
+    assert recorder.ask(QUESTION) is False
+    stored()
+    assert recorder.ask(QUESTION) is True
+    assert await recorder.aask(QUESTION) is True
+    assert recorder.cache.health().redis
+    await recorder.cache.aclose()
+    if client:
+        client.close()
+
+
+WRONG = {
+    "another CA's certificate": {"name": "another CA's"},
+    "a CA that nobody knows": {"ca": False},
+    "a certificate for another host": {"name": "for another host"},
+    "a certificate for another address": {"name": "for another host", "host": "127.0.0.1"},
+    "an expired certificate": {"name": "expired"},
+    "no TLS at all": {"tls": False},
+}
+
+
+@pytest.mark.row(125, 61)
+@pytest.mark.parametrize("awaited", [False, True], ids=["blocking", "awaited"])
+@pytest.mark.parametrize("what", WRONG)
+async def test_any_other_server_is_told_nothing_and_costs_nobody_an_answer(
+    server, over_tls, new_recorder, stored, caplog, what, awaited
+):
+    caplog.set_level(logging.DEBUG)
+    before = server.calls("auth")
+    recorder = new_recorder(url=over_tls(**WRONG[what]), op_budget_s=0.5)
+    for _ in range(2):
+        assert (await recorder.aask(QUESTION) if awaited else recorder.ask(QUESTION)) is False
+    stored()
+    await recorder.cache.aclose()
+    assert server.calls("auth") == before
+    assert not server.entries()
+    told = [r for r in caplog.records if r.name.startswith("langchain_aegis") and r.levelno >= logging.WARNING]
+    assert [r.getMessage().partition(":")[0] for r in told].count("redis_unavailable") == 1
+    assert PASSWORD not in caplog.text
+
+
+@pytest.mark.row(125)
+def test_who_forgets_tls_gets_misses(server, over_tls, new_recorder, stored):
+    recorder = new_recorder(url=over_tls(scheme="redis"), op_budget_s=0.5)
+    assert recorder.ask(QUESTION) is False
+    stored()
+    assert not server.entries()
