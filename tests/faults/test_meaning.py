@@ -62,7 +62,7 @@ ODD = {
 
 
 @pytest.mark.row(43)
-@BOTH
+@pytest.mark.parametrize("awaited", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["blocking", "awaited"])
 @pytest.mark.parametrize("name", ODD)
 def test_what_is_no_vector_is_neither_asked_for_nor_stored(server, new_cache, stored, awaited, name):
     """What is of another length is another embedder's. Exact repeats are answered as ever."""
@@ -171,7 +171,7 @@ def test_an_embedder_that_fails_or_says_nothing_costs_hits_by_meaning_alone(
     server, new_recorder, stored, embedder, how
 ):
     """64 at once; first with the embedder's own budget, then it is left alone."""
-    budget_s = 0.3
+    budget_s = 0.2
     recorder = new_recorder(url=server.unix_url, embeddings=embedder, embed_budget_s=budget_s, op_budget_s=5)
     load = Load(recorder, how)
     asked = questions(40)
