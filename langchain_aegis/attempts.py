@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import httpx
 
+from langchain_aegis.deadlines import Until
 from langchain_aegis.errors import AegisConnectionError, AegisError, AegisOverloadedError, AegisTimeoutError
 from langchain_aegis.settings import AegisSettings
 
@@ -24,8 +25,7 @@ class Timeouts:
     """Bounds of one request in seconds; None is no bound.
 
     `connect_s` is for reaching the server, `read_s` for the time between two pieces of a streamed answer, and
-    `deadline_s` for the whole. An answer that is not streamed comes in one piece: only its deadline counts. A thread
-    that reads a stream notices the deadline with the next piece, so at most `read_s` late.
+    `deadline_s` for the whole. An answer that is not streamed comes in one piece: only its deadline counts.
     """
 
     connect_s: float | None = 5.0
@@ -88,6 +88,10 @@ class Attempt:
         """Return a context that stops what runs inside at the deadline, with an AegisTimeoutError."""
         return _Bound(self, min(self._ends - time.monotonic(), at_most_s))
 
+    def blocking(self, at_most_s: float = math.inf) -> _Blocking:
+        """Do what `bound` does for a thread that waits for a client of `deadlines.bounded`."""
+        return _Blocking(self, min(self._ends, math.inf if at_most_s == math.inf else time.monotonic() + at_most_s))
+
     def wait_s(self, error: AegisError, begun: bool) -> float:
         """Return the seconds to wait before the next attempt; raise `error` if there is none."""
         again = isinstance(error, (AegisConnectionError, AegisOverloadedError)) and not begun and not self._last
@@ -121,3 +125,18 @@ class _Bound:
             await self._timeout.__aexit__(kind, error, trace)
         except TimeoutError as exc:
             raise self._attempt._late() from exc
+
+
+class _Blocking(Until):
+    __slots__ = ("_attempt",)
+
+    def __init__(self, attempt: Attempt, ends: float) -> None:
+        super().__init__(ends)
+        self._attempt = attempt
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        if isinstance(error, httpx.TimeoutException) and time.monotonic() >= self._ends:
+            raise self._attempt._late() from error

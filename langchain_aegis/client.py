@@ -23,6 +23,7 @@ import orjson
 
 from langchain_aegis import __version__
 from langchain_aegis.attempts import Attempt, Timeouts, attempts
+from langchain_aegis.deadlines import bounded
 from langchain_aegis.errors import AegisError, AegisRequestError, AegisServerError, AegisTimeoutError
 from langchain_aegis.loops import PerLoop
 from langchain_aegis.ndjson import MAX_TOTAL_BYTES, ChatParts, Parts, PullParts, parse_object
@@ -158,20 +159,21 @@ class OllamaClient:
     def _stream_once(
         self, path: str, body: dict[str, Any], bounds: Timeouts, attempt: Attempt, parts: Parts
     ) -> Generator[dict[str, Any], None, None]:
-        sent = _encode(body)
-        with (
-            translated(self.base_url, parts),
-            self._sync().stream("POST", self._url(path), content=sent, timeout=bounds.of_http()) as response,
-        ):
-            if not response.is_success:
-                raise self._refusal(response, _collect(response, _MAX_ERROR_BYTES, attempt), body["model"])
+        client = self._sync()
+        request = client.build_request("POST", self._url(path), content=_encode(body), timeout=bounds.of_http())
+        with translated(self.base_url, parts), contextlib.ExitStack() as stack:
+            with attempt.blocking():
+                response = stack.enter_context(contextlib.closing(client.send(request, stream=True)))
+                if not response.is_success:
+                    raise self._refusal(response, _collect(response, _MAX_ERROR_BYTES, attempt), body["model"])
             _check_encoding(response)
             parts.begun = True
             data = response.iter_raw()
             while True:
                 try:
-                    piece = next(data, None)
-                except httpx.HTTPError:
+                    with attempt.blocking(_DRAIN_S if parts.done else math.inf):
+                        piece = next(data, None)
+                except (httpx.HTTPError, AegisTimeoutError):
                     if parts.done:  # the answer is whole; only the connection did not end well
                         return
                     raise
@@ -324,6 +326,7 @@ class OllamaClient:
             try:
                 with (
                     translated(self.base_url, progress),
+                    attempt.blocking(),
                     self._sync().stream(
                         "GET" if sent is None else "POST",
                         self._url(path),
@@ -332,8 +335,7 @@ class OllamaClient:
                     ) as response,
                 ):
                     progress.begun = response.is_success
-                    text = _collect(response, MAX_TOTAL_BYTES, attempt)
-                    return self._checked(response, text, body)
+                    return self._checked(response, _collect(response, MAX_TOTAL_BYTES, attempt), body)
             except AegisError as exc:
                 time.sleep(attempt.wait_s(exc, progress.begun))
         raise AssertionError("the last attempt raises")
@@ -356,8 +358,7 @@ class OllamaClient:
                             timeout=bounds.of_http(whole=True),
                         ) as response:
                             progress.begun = response.is_success
-                            text = await _acollect(response, MAX_TOTAL_BYTES)
-                            return self._checked(response, text, body)
+                            return self._checked(response, await _acollect(response, MAX_TOTAL_BYTES), body)
             except AegisError as exc:
                 await asyncio.sleep(attempt.wait_s(exc, progress.begun))
         raise AssertionError("the last attempt raises")
@@ -379,7 +380,7 @@ class OllamaClient:
         if client is None:
             with self._lock:
                 if self._http is None:
-                    self._http = httpx.Client(**self._options(self._sync_options))
+                    self._http = bounded(httpx.Client(**self._options(self._sync_options)))
                     self._closer = weakref.finalize(self, self._http.close)
                 client = self._http
         return client

@@ -2,8 +2,13 @@
 
 import asyncio
 import copy
+import itertools
 import os
 import pickle
+import socket
+import threading
+import time
+from functools import partial
 
 import orjson
 import pytest
@@ -230,6 +235,109 @@ def test_a_trickle_ends_at_the_deadline(server, ollama, way):
     server.script = list(chunked(*drops))
     with pytest.raises(AegisTimeoutError, match=r"not complete after 0\.2 s"):
         stream(ollama, way, timeouts=Timeouts(read_s=2, deadline_s=0.2))
+
+
+def dripping(head, drop):
+    """Return a script: a head, then the same piece every 50 ms, or the head itself byte by byte."""
+
+    def steps(_):
+        if head is not None:
+            yield head
+        for piece in itertools.repeat(drop, 200) if head is not None else (bytes([byte]) for byte in drop):
+            yield piece
+            yield 0.05
+
+    return steps
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
+DROP = b"%x\r\n%s\r\n" % (len(line("drop")), line("drop"))
+
+
+@WAYS
+@pytest.mark.parametrize("kind", [stream, ask])
+@pytest.mark.parametrize(
+    "script",
+    [
+        dripping(HEAD, b"%x\r\n%s\r\n" % (len(line("d")), line("d"))),
+        dripping(HEAD, b"1\r\n{\r\n"),
+        dripping(None, HEAD),
+    ],
+    ids=["lines", "bytes", "a head"],
+)
+def test_a_server_that_drips_is_left_at_the_deadline_and_not_a_read_later(server, ollama, script, kind, way):
+    """The next piece would have come in time for the read, and too late for the call."""
+    server.script = script
+    began = time.monotonic()
+    with pytest.raises(AegisTimeoutError, match=r"not complete after 0\.12 s"):
+        kind(ollama, way, timeouts=Timeouts(read_s=60, deadline_s=0.12))
+    assert time.monotonic() - began < 2
+
+
+@WAYS
+def test_who_has_the_whole_answer_does_not_wait_for_the_end_of_the_connection(server, ollama, way, monkeypatch):
+    """A server that forgets to end it costs a moment, and not `read_s`."""
+    monkeypatch.setattr(client_module, "_DRAIN_S", 0.05)
+    server.script = [*chunked(line("all"), END, end=False), "hang"]
+    began = time.monotonic()
+    assert text(stream(ollama, way, timeouts=Timeouts(read_s=60, deadline_s=60))) == "all"
+    assert time.monotonic() - began < 10
+
+
+@WAYS
+@pytest.mark.parametrize("kind", [stream, ask])
+def test_a_name_that_takes_long_to_be_found_is_not_waited_for(monkeypatch, kind, way):
+    """The system's own timeout is none of the caller's."""
+    found = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found.wait(10) and [])
+    client = OllamaClient("http://far.invalid:11434", timeouts=Timeouts(connect_s=0.1))
+    began = time.monotonic()
+    try:
+        with pytest.raises(AegisConnectionError, match=r"far\.invalid"):
+            if way == "sync":
+                kind(client, way)
+            else:
+                run_without_waiting_for_threads(kind, client)
+        assert time.monotonic() - began < 5
+    finally:
+        found.set()
+
+
+def run_without_waiting_for_threads(kind, client):
+    """`asyncio.run` waits for the lookup's thread: only the call counts."""
+    call = client.achat(BODY) if kind is ask else anext(client.achat_stream(BODY))
+
+    async def run():
+        try:
+            await call
+        except AegisError as exc:
+            return exc
+
+    loop = asyncio.new_event_loop()
+    try:
+        raise loop.run_until_complete(run())
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]", "named.invalid"])
+def test_each_address_of_a_host_is_tried(server, monkeypatch, host):
+    """The first one of a name may lead nowhere."""
+    if host == "named.invalid":
+        told = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, server.port)) for ip in ("127.0.0.2", "127.0.0.1")]
+        monkeypatch.setattr(socket, "getaddrinfo", partial(answers_for, socket.getaddrinfo, host, told))
+    server.script = plain({"version": "1"})
+    client = OllamaClient(f"http://{host}:{server.port}", timeouts=Timeouts(connect_s=5))
+    if host == "[::1]":
+        with pytest.raises(AegisConnectionError, match="::1"):
+            client.version()
+    else:
+        assert client.version() == "1"
+    client.close()
+
+
+def answers_for(otherwise, name, told, host, *rest, **more):
+    return told if host == name else otherwise(host, *rest, **more)
 
 
 @WAYS
