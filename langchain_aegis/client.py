@@ -165,7 +165,7 @@ class OllamaClient:
             with attempt.blocking():
                 response = stack.enter_context(contextlib.closing(client.send(request, stream=True)))
                 if not response.is_success:
-                    raise self._refusal(response, _collect(response, _MAX_ERROR_BYTES, attempt), body["model"])
+                    raise self._refusal(response, _collect(response, attempt), body["model"])
             _check_encoding(response)
             parts.begun = True
             data = response.iter_raw()
@@ -214,7 +214,7 @@ class OllamaClient:
             async with contextlib.aclosing(response):
                 if not response.is_success:
                     async with attempt.bound():
-                        text = await _acollect(response, _MAX_ERROR_BYTES)
+                        text = await _acollect(response)
                     raise self._refusal(response, text, body["model"])
                 _check_encoding(response)
                 parts.begun = True
@@ -335,7 +335,7 @@ class OllamaClient:
                     ) as response,
                 ):
                     progress.begun = response.is_success
-                    return self._checked(response, _collect(response, MAX_TOTAL_BYTES, attempt), body)
+                    return self._checked(response, _collect(response, attempt), body)
             except AegisError as exc:
                 time.sleep(attempt.wait_s(exc, progress.begun))
         raise AssertionError("the last attempt raises")
@@ -358,7 +358,7 @@ class OllamaClient:
                             timeout=bounds.of_http(whole=True),
                         ) as response:
                             progress.begun = response.is_success
-                            return self._checked(response, await _acollect(response, MAX_TOTAL_BYTES), body)
+                            return self._checked(response, await _acollect(response), body)
             except AegisError as exc:
                 await asyncio.sleep(attempt.wait_s(exc, progress.begun))
         raise AssertionError("the last attempt raises")
@@ -470,29 +470,29 @@ def _check_encoding(response: httpx.Response) -> None:
         raise AegisServerError(f"the server sent a {encoding} body although none was asked for", retryable=False)
 
 
-def _collect(response: httpx.Response, limit: int, attempt: Attempt) -> bytes:
+def _collect(response: httpx.Response, attempt: Attempt) -> bytes:
     body = bytearray()
     for piece in response.iter_raw():
         body += piece
-        if len(body) > limit:
-            return _too_long(response, body, limit)
+        if _is_enough(response, body):
+            break
         attempt.check()
     return bytes(body)
 
 
-async def _acollect(response: httpx.Response, limit: int) -> bytes:
+async def _acollect(response: httpx.Response) -> bytes:
     body = bytearray()
     async for piece in response.aiter_raw():
         body += piece
-        if len(body) > limit:
-            return _too_long(response, body, limit)
+        if _is_enough(response, body):
+            break
     return bytes(body)
 
 
-def _too_long(response: httpx.Response, body: bytearray, limit: int) -> bytes:
-    if response.is_success:
-        raise AegisServerError(f"the server's answer is longer than {limit} bytes", retryable=False)
-    return bytes(body[:limit])  # of an error, the beginning is enough
+def _is_enough(response: httpx.Response, body: bytearray) -> bool:
+    if response.is_success and len(body) > MAX_TOTAL_BYTES:
+        raise AegisServerError(f"the server's answer is longer than {MAX_TOTAL_BYTES} bytes", retryable=False)
+    return not response.is_success and len(body) >= _MAX_ERROR_BYTES  # of an error, the beginning is enough
 
 
 def _models(body: bytes) -> list[dict[str, Any]]:

@@ -59,6 +59,8 @@ class Parts:
         if not self._buffer and data.find(b"\n") == len(data) - 1:  # one whole line, as servers send them
             part = self._read(data)
             return [] if part is None else [part]
+        if not self._buffer and not data.strip(b" \t\r\n"):  # else a flood of empty lines would be a loop for each
+            return []
         self._buffer += data
         parts = []
         while (end := self._buffer.find(b"\n", self._searched)) >= 0:

@@ -12,7 +12,7 @@ class LyingServer:
 
     A number is a pause in seconds. `script` may also be a function of the parsed request body. It counts `requests`
     (their bodies), `heads` (raw) and `connections`; `asked` is set by the first request, `left` when a client has
-    closed the connection during "hang".
+    closed the connection during "hang", or reset it.
     """
 
     def __init__(self):
@@ -44,8 +44,10 @@ class LyingServer:
         try:
             while await self._one(reader, writer):
                 pass
-        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+        except (asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
+        except ConnectionError:  # who closes a connection with something unread in it resets it
+            self.left.set()
         finally:
             writer.close()
 

@@ -437,6 +437,26 @@ def test_a_long_error_page_is_quoted_in_part(server, ollama):
 
 
 @WAYS
+@pytest.mark.parametrize("kind", [stream, ask])
+def test_a_refusal_without_end_is_not_waited_for(server, ollama, kind, way):
+    """What is quoted of it has come long before."""
+    server.script = [b"HTTP/1.1 500 X\r\nContent-Length: 200000000\r\n\r\n" + b"x" * 200_000, "hang"]
+    with pytest.raises(AegisServerError, match="xxx"):
+        kind(ollama, way, timeouts=Timeouts(read_s=60, deadline_s=60))
+
+
+def test_empty_lines_cost_nothing_each():
+    """A server that sends nothing else would keep an event loop busy for a minute."""
+    parts, blank = ChatParts(), b"\r\n" * 500_000
+    began = time.process_time()
+    for _ in range(20):
+        assert parts.feed(blank) == []
+    assert time.process_time() - began < 2
+    assert text(parts.feed(END) + parts.feed(blank) + parts.finish()) == ""
+    assert text(ChatParts().feed(blank + line("a") + blank)) == "a"
+
+
+@WAYS
 def test_a_redirect_is_not_followed(server, ollama, way):
     """A prompt goes to nobody else."""
     server.script = plain(b"", status="302 Found", headers="Location: http://u:secret@elsewhere/api/chat\r\n")
