@@ -102,6 +102,7 @@ def test_max_waiting_zero_means_run_or_be_refused():
     assert free(admission)
 
 
+@pytest.mark.row(98)
 async def test_expired_work_is_never_started():
     """A deadline that passes in the queue fails the call; the slot goes to the next one."""
     clock = Clock()
@@ -120,6 +121,7 @@ async def test_expired_work_is_never_started():
     assert free(admission)
 
 
+@pytest.mark.row(98)
 async def test_a_granted_slot_is_not_used_after_the_deadline():
     clock = Clock()
     admission = Admission(1, 1, clock=clock)
@@ -132,6 +134,7 @@ async def test_a_granted_slot_is_not_used_after_the_deadline():
     assert free(admission)
 
 
+@pytest.mark.row(98)
 async def test_waiting_ends_at_the_deadline():
     """The wait itself ends, without anybody giving a slot back."""
     admission = Admission(1, 10)
@@ -150,6 +153,7 @@ async def test_waiting_ends_at_the_deadline():
     assert free(admission)
 
 
+@pytest.mark.row(91)
 async def test_a_cancelled_wait_gives_its_place_back():
     admission = Admission(1, 2)
     holder = admission.enter()
@@ -184,6 +188,7 @@ async def test_a_cancel_that_races_the_wake_up_passes_the_slot_on():
     assert free(admission)
 
 
+@pytest.mark.row(108)
 def test_a_closed_loop_loses_no_slot():
     """Waiters and holders of a loop that was closed under them do not keep slots or places."""
     admission = Admission(2, 2)
@@ -214,6 +219,7 @@ def test_a_closed_loop_loses_no_slot():
     assert free(admission)
 
 
+@pytest.mark.row(108)
 def test_a_slot_granted_to_a_closed_loop_goes_to_the_next():
     admission = Admission(1, 5)
     holder = admission.enter()
@@ -245,6 +251,7 @@ def test_a_ticket_left_by_a_finaliser_does_not_deadlock():
     assert free(admission)
 
 
+@pytest.mark.row(101, 103)
 def test_two_loops_and_threads_share_one_bound():
     """2 loops in 2 threads and 16 sync threads: never more than 3 at once, all 460 served."""
     admission = Admission(3, 1000)
@@ -287,6 +294,7 @@ def test_two_loops_and_threads_share_one_bound():
     assert free(admission)
 
 
+@pytest.mark.row(102)
 def test_fifty_loops_in_a_row():
     admission = Admission(2, 100)
 
@@ -299,6 +307,7 @@ def test_fifty_loops_in_a_row():
     assert free(admission)
 
 
+@pytest.mark.row(104)
 def test_a_blocking_call_inside_its_own_loop_does_not_deadlock():
     """The slots are held by tasks of the loop that the call blocks: it runs beyond the bound."""
     admission = Admission(1, 1)
@@ -347,6 +356,7 @@ async def test_a_task_that_outlives_the_slot_rides_no_longer():
     assert free(admission)
 
 
+@pytest.mark.row(107)
 async def test_close_fails_the_waiting_and_drain_lets_them_finish():
     admission = Admission(1, 5)
     holder = admission.enter()
@@ -375,6 +385,7 @@ async def test_close_fails_the_waiting_and_drain_lets_them_finish():
     assert admission.drain() is True
 
 
+@pytest.mark.row(107)
 def test_drain_closes_what_does_not_end_in_time():
     admission = Admission(1, 5)
     holder, waiting = admission.enter(), admission.enter()
@@ -435,6 +446,7 @@ def in_child(pipe, admission):
         pipe.send(admission.stats().running)
 
 
+@pytest.mark.row(106)
 def test_the_child_of_a_fork_starts_with_free_slots():
     admission = Admission(1, 1)
     holder = admission.enter()
@@ -450,6 +462,7 @@ def test_the_child_of_a_fork_starts_with_free_slots():
     assert free(admission)
 
 
+@pytest.mark.row(91)
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 4), st.integers(0, 6))
 def test_random_cancels_lose_no_slot(seed, slots, places):
@@ -486,6 +499,7 @@ def test_random_cancels_lose_no_slot(seed, slots, places):
     assert admission.stats().served >= sum(r is None for r in results)
 
 
+@pytest.mark.row(88)
 async def test_ten_thousand_callers_on_a_bound_of_a_hundred():
     admission = Admission(4, 100)
     go = asyncio.Event()

@@ -239,6 +239,7 @@ def test_the_types_are_shipped():
     assert (ROOT / "py.typed").is_file()
 
 
+@pytest.mark.row(122)
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_nothing_dangerous_is_used(name):
     """No code from data: no pickle, no eval, no unsafe YAML, no langchain-core load; no broken digest."""

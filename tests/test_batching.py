@@ -318,6 +318,7 @@ def test_a_binding_is_written_as_langchains():
     assert wrapper.bind_tools([weather]).bound is wrapper
 
 
+@pytest.mark.row(88)
 async def test_ten_thousand_at_once():
     gate = asyncio.Event()
     wrapper = BatchingChatModel(Fake(gate=gate), max_concurrency=4, max_waiting=100)
@@ -349,6 +350,7 @@ async def test_a_full_queue_still_serves_what_a_cache_knows(small):
 # Batches
 
 
+@pytest.mark.row(89)
 async def test_batches_of_any_length_wait_in_order_and_never_merge():
     """300 items through 2 slots and 1 place: all answered, in order, each by a call of its own."""
     wrapper = BatchingChatModel(Fake(temperature=0), max_concurrency=2, max_waiting=1)
@@ -379,6 +381,7 @@ async def test_a_batch_holds_few_tasks_at_once():
     assert most <= 4 * (4 + 16)
 
 
+@pytest.mark.row(95)
 @pytest.mark.parametrize("how", ["batch", "abatch"])
 async def test_one_bad_item_hurts_no_neighbour(how, small):
     prompts = ["a", "poison", "b"]
@@ -585,6 +588,7 @@ async def test_what_the_model_sees_decides_about_sharing(one, other, calls):
     assert len(wrapper.inner.calls) == calls
 
 
+@pytest.mark.row(92)
 async def test_joiners_do_not_count_and_cancelling_them_hurts_nobody(small):
     """1,000 identical callers on one place: one call; 999 cancelled: the last one has its answer."""
     small.inner.temperature, small.inner.gate = 0, asyncio.Event()
@@ -601,6 +605,7 @@ async def test_joiners_do_not_count_and_cancelling_them_hurts_nobody(small):
     assert idle(small)
 
 
+@pytest.mark.row(93)
 async def test_the_last_callers_leaving_stops_the_call(small):
     small.inner.temperature, small.inner.gate = 0, asyncio.Event()
     tasks = [asyncio.create_task(small.ainvoke("same")) for _ in range(3)]
@@ -612,6 +617,7 @@ async def test_the_last_callers_leaving_stops_the_call(small):
     assert idle(small)
 
 
+@pytest.mark.row(94)
 async def test_a_failure_is_everybodys_own():
     wrapper = BatchingChatModel(Fake(temperature=0))
     errors = await asyncio.gather(*(wrapper.ainvoke("poison") for _ in range(5)), return_exceptions=True)
@@ -646,7 +652,7 @@ class Runs(BaseCallbackHandler):
         self.errors.append(run_id)
 
 
-@pytest.mark.row(58)
+@pytest.mark.row(58, 112)
 async def test_callers_of_one_call_keep_their_callbacks_tags_and_run_ids():
     gate = asyncio.Event()
     wrapper = BatchingChatModel(Fake(temperature=0, gate=gate))
@@ -667,7 +673,7 @@ async def test_callers_of_one_call_keep_their_callbacks_tags_and_run_ids():
     assert [a.content for a in answers] == [f"answer 1 to q for {i}" for i in range(3)]
 
 
-@pytest.mark.row(58)
+@pytest.mark.row(58, 112)
 async def test_a_call_of_its_own_runs_in_its_callers_context(small):
     small.admission.limit(max_waiting=10)
 
@@ -738,6 +744,7 @@ async def test_a_graph_streams_each_token_once(temperature):
     assert await tokens(wrapped) == await tokens(plain)
 
 
+@pytest.mark.row(112)
 async def test_five_parallel_nodes_share_one_call_and_the_run_tree_is_right():
     wrapper, handler = BatchingChatModel(Fake(temperature=0)), Runs()
     state = await graph_of(wrapper, nodes=5).ainvoke({"messages": [("human", "q")]}, {"callbacks": [handler]})
@@ -962,6 +969,7 @@ async def test_a_model_without_streaming_streams_one_piece():
 # Deadlines
 
 
+@pytest.mark.row(98)
 async def test_a_deadline_ends_waiting_and_running(small):
     late = BatchingChatModel(small.inner, max_concurrency=1, deadline_s=0.01)
     held = late.admission.enter()
@@ -999,6 +1007,7 @@ async def test_a_thread_leaves_at_its_deadline_and_the_slot_stays_taken_until_th
 # Threads, loops, forks
 
 
+@pytest.mark.row(101, 103)
 def test_two_loops_and_64_threads_on_one_instance():
     wrapper = BatchingChatModel(Fake(), max_concurrency=3, max_waiting=10_000)
 
@@ -1015,6 +1024,7 @@ def test_two_loops_and_64_threads_on_one_instance():
     assert idle(wrapper)
 
 
+@pytest.mark.row(102)
 def test_fifty_loops_in_a_row_without_a_warning():
     wrapper = BatchingChatModel(Fake(temperature=0))
 
@@ -1033,6 +1043,7 @@ def test_fifty_loops_in_a_row_without_a_warning():
     assert seats(wrapper) == 0
 
 
+@pytest.mark.row(104)
 @pytest.mark.parametrize("temperature", [0, 0.7])
 def test_a_blocking_call_inside_a_running_loop_ends(temperature):
     """All slots are held by tasks of the loop that the call blocks."""
@@ -1052,6 +1063,7 @@ def test_a_blocking_call_inside_a_running_loop_ends(temperature):
     assert idle(wrapper)
 
 
+@pytest.mark.row(105)
 @pytest.mark.parametrize("factory", [None, *filter(None, [getattr(asyncio, "eager_task_factory", None)])])
 def test_any_task_factory(factory):
     wrapper = BatchingChatModel(Fake(temperature=0), max_concurrency=2)
@@ -1065,6 +1077,7 @@ def test_any_task_factory(factory):
     assert idle(wrapper)
 
 
+@pytest.mark.row(91)
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 2**32))
 def test_whoever_stays_is_answered(seed):
@@ -1123,6 +1136,7 @@ async def test_a_runnable_is_bounded_and_a_batch_of_it_waits():
     assert idle(wrapper)
 
 
+@pytest.mark.row(112)
 def test_a_function_is_called_from_threads_with_its_callers_context_and_config():
     seen = []
 

@@ -83,6 +83,7 @@ def inner():
     return Fake()
 
 
+@pytest.mark.row(97)
 async def test_sixty_four_queries_are_one_request(inner):
     wrapper = BatchingEmbeddings(inner)
     texts = [f"text {i}" for i in range(64)]
@@ -93,6 +94,7 @@ async def test_sixty_four_queries_are_one_request(inner):
     assert idle(wrapper)
 
 
+@pytest.mark.row(97)
 async def test_what_comes_while_a_request_is_under_way_goes_together(inner):
     """Nobody waits while nothing is under way."""
     inner.gate = asyncio.Event()
@@ -108,6 +110,7 @@ async def test_what_comes_while_a_request_is_under_way_goes_together(inner):
     assert [len(r) for r in inner.requests] == [1, 9]
 
 
+@pytest.mark.row(121)
 async def test_a_text_is_sent_once_and_each_caller_has_a_list_of_its_own(inner):
     wrapper = BatchingEmbeddings(inner)
     vectors = await asyncio.gather(*(wrapper.aembed_query(t) for t in ["a", "b", "a", "c", "b", "b"]))
@@ -117,6 +120,7 @@ async def test_a_text_is_sent_once_and_each_caller_has_a_list_of_its_own(inner):
     assert vectors[4] == vector("b")
 
 
+@pytest.mark.row(95)
 async def test_one_bad_text_fails_its_own_callers_only(inner):
     wrapper = BatchingEmbeddings(inner)
     asked = ["first", "a", "bad", "b", "bad"]
@@ -128,6 +132,7 @@ async def test_one_bad_text_fails_its_own_callers_only(inner):
     assert idle(wrapper)
 
 
+@pytest.mark.row(96)
 async def test_a_wrong_number_of_vectors_is_never_matched_to_texts(inner):
     inner.short = True
     wrapper = BatchingEmbeddings(inner)
@@ -145,6 +150,7 @@ async def test_a_server_that_is_away_is_not_asked_for_each_text(inner):
     assert idle(wrapper)
 
 
+@pytest.mark.row(91)
 async def test_a_cancelled_query_is_not_sent_and_hurts_nobody(inner):
     inner.gate = asyncio.Event()
     wrapper = BatchingEmbeddings(inner)
@@ -163,6 +169,7 @@ async def test_a_cancelled_query_is_not_sent_and_hurts_nobody(inner):
     assert idle(wrapper)
 
 
+@pytest.mark.row(97)
 async def test_more_than_a_batch_uses_more_slots_and_the_bound_holds(inner):
     inner.gate = asyncio.Event()
     wrapper = BatchingEmbeddings(inner, max_concurrency=2, max_batch=4, max_waiting=3)
@@ -264,6 +271,7 @@ async def test_without_merging_each_query_is_a_request(inner):
     assert idle(wrapper)
 
 
+@pytest.mark.row(98)
 async def test_a_deadline_ends_the_wait(inner):
     inner.gate = asyncio.Event()
     wrapper = BatchingEmbeddings(inner, deadline_s=0.01)
@@ -275,6 +283,7 @@ async def test_a_deadline_ends_the_wait(inner):
     assert idle(wrapper)
 
 
+@pytest.mark.row(107)
 async def test_a_closed_admission_fails_who_waits(inner):
     inner.gate = asyncio.Event()
     wrapper = BatchingEmbeddings(inner)
@@ -291,6 +300,7 @@ async def test_a_closed_admission_fails_who_waits(inner):
     assert idle(wrapper)
 
 
+@pytest.mark.row(99)
 async def test_a_request_cancelled_from_outside_is_made_again_once(inner):
     inner.gate = asyncio.Event()
     wrapper = BatchingEmbeddings(inner)

@@ -199,6 +199,7 @@ async def test_five_parallel_nodes_find_the_same(pair, how):
     assert trees[0] == trees[1]
 
 
+@pytest.mark.row(112)
 async def test_five_nodes_with_one_question_make_one_call_and_five_runs(server):
     """What is merged at the server is still five runs for whoever looks at the graph."""
     model = BatchingChatModel(ChatAegis("m", base_url=server.base_url, temperature=0))
@@ -297,6 +298,7 @@ async def test_events_are_the_same(pair):
     assert "".join(text for kind, text in model_events if kind == "on_chat_model_stream") == model_events[-1][1]
 
 
+@pytest.mark.row(112)
 async def test_events_of_a_graph_have_the_right_parents(pair):
     """Each model run of five parallel nodes lies below its own node."""
     told = []

@@ -108,6 +108,7 @@ def idle(model):
     return (stats.running, stats.waiting, stats.waiting_bulk) == (0, 0, 0)
 
 
+@pytest.mark.row(101, 103)
 @pytest.mark.slow
 def test_two_loops_and_64_threads_on_one_instance(model, server, open_descriptors):
     """Everybody gets an own answer, the server sees four at once at most, and the connections go with the loops."""
@@ -136,6 +137,7 @@ def test_two_loops_and_64_threads_on_one_instance(model, server, open_descriptor
     wait_until(lambda: open_descriptors() <= descriptors + 2 * 4, LONG_S, "the end of the loops' connections")
 
 
+@pytest.mark.row(102)
 @pytest.mark.slow
 def test_fifty_loops_in_a_row_leave_nothing(model, open_descriptors):
     """No task, no thread, no descriptor, no object of the library, no complaint."""
@@ -235,6 +237,7 @@ def test_a_stream_that_outlives_its_loop_gives_its_slot_back(model, open_descrip
     assert model.invoke("and on").content
 
 
+@pytest.mark.row(105)
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
 def test_eager_tasks_change_nothing(model, open_descriptors):
     """A task that runs before `create_task` returns finds every flight and every ticket where it must be."""
@@ -277,6 +280,7 @@ print("done")
 """
 
 
+@pytest.mark.row(105, 127)
 @pytest.mark.slow
 def test_python_has_nothing_to_complain_of():
     """`python -W error -X dev`: no warning, no log line, nothing at exit."""

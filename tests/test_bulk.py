@@ -98,6 +98,7 @@ async def test_answers_keep_the_order_of_the_inputs_whatever_was_done_first():
         assert [a.text for a in await asyncio.to_thread(model.batch, texts)] == [answer.text for answer in answers]
 
 
+@pytest.mark.row(95)
 async def test_a_bad_item_hurts_only_itself_also_among_items_that_are_put_in_order():
     with ScriptedOllama() as server:
         model = BatchingChatModel(ChatAegis("scripted", base_url=server.base_url))

@@ -200,6 +200,7 @@ def test_plain_chat_ollama_is_declined_with_one_warning(make_cache, caplog):
     assert [r.getMessage().split(":")[0] for r in caplog.records].count("unnamed_model") == 1
 
 
+@pytest.mark.row(82)
 @pytest.mark.parametrize("reason", [None, "length", "load"])
 def test_a_cut_answer_is_not_kept(make_cache, reason):
     cache = make_cache()

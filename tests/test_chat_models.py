@@ -380,6 +380,7 @@ def test_copies_work_and_talk_to_their_own_address(model):
         assert second.routes["/api/chat"] == 1
 
 
+@pytest.mark.row(85)
 def test_leaving_a_stream_stops_the_server(way):
     """A consumer that has seen enough costs nothing more."""
     with ScriptedOllama("m", tokens_per_s=20, words=400) as slow:
@@ -754,6 +755,7 @@ def test_tracing_sees_the_model_that_was_asked(model):
                       "ls_max_tokens": 5, "ls_stop": ["x"]}  # fmt: skip
 
 
+@pytest.mark.row(116)
 def test_no_request_leaves_when_the_text_is_not_unicode(server, model):
     """A lone surrogate."""
     with pytest.raises(AegisRequestError):

@@ -110,6 +110,7 @@ def test_connections_are_used_again(server, ollama, way):
     assert server.connections == 1
 
 
+@pytest.mark.row(76)
 @settings(deadline=None)
 @given(st.lists(st.text(max_size=8), max_size=6), st.integers(1, 7) | st.none())
 def test_text_arrives_exactly_however_it_is_cut(texts, size):
@@ -127,6 +128,7 @@ def test_text_arrives_exactly_however_it_is_cut(texts, size):
     assert text(found + parts.finish()) == "".join(texts)
 
 
+@pytest.mark.row(76)
 def test_unicode_line_separators_stay_inside_a_text():
     """U+0085 and U+2028 end no line."""
     odd = "a\u0085b\u2028c\u2029d\x0be 🙂"
@@ -153,6 +155,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.row(68, 70, 74, 77)
 @WAYS
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_stream_is_an_error_with_what_had_come(server, ollama, case, way):
@@ -164,6 +167,7 @@ def test_a_broken_stream_is_an_error_with_what_had_come(server, ollama, case, wa
     assert caught.value.retryable
 
 
+@pytest.mark.row(69, 71, 72)
 @WAYS
 @pytest.mark.parametrize("end", ["close", "reset", "hang"])
 def test_a_cut_or_stalled_stream_is_an_error(server, ollama, end, way):
@@ -181,6 +185,7 @@ def test_a_connection_that_ends_badly_after_the_answer_costs_nothing(server, oll
     assert text(stream(ollama, way)) == "all"
 
 
+@pytest.mark.row(80)
 @WAYS
 @pytest.mark.parametrize(
     "answer",
@@ -202,6 +207,7 @@ def test_an_answer_that_is_none_is_a_stream_error(server, ollama, answer, kind, 
         kind(ollama, way)
 
 
+@pytest.mark.row(75)
 @WAYS
 def test_what_comes_after_the_end_is_ignored(server, ollama, way):
     """The first `done: true` wins."""
@@ -209,6 +215,7 @@ def test_what_comes_after_the_end_is_ignored(server, ollama, way):
     assert text(stream(ollama, way)) == "one"
 
 
+@pytest.mark.row(78)
 def test_sizes_are_bounded():
     """Neither one line nor all together may grow without limit."""
     with pytest.raises(AegisStreamError, match="line"):
@@ -219,6 +226,7 @@ def test_sizes_are_bounded():
             endless.feed(line("more"))
 
 
+@pytest.mark.row(79)
 @WAYS
 @pytest.mark.parametrize("kind", [stream, ask])
 def test_a_compressed_body_is_refused(server, ollama, kind, way):
@@ -228,6 +236,7 @@ def test_a_compressed_body_is_refused(server, ollama, kind, way):
         kind(ollama, way)
 
 
+@pytest.mark.row(73)
 @WAYS
 def test_a_trickle_ends_at_the_deadline(server, ollama, way):
     """Each piece comes in time, the whole does not."""
@@ -254,6 +263,7 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encod
 DROP = b"%x\r\n%s\r\n" % (len(line("drop")), line("drop"))
 
 
+@pytest.mark.row(73)
 @WAYS
 @pytest.mark.parametrize("kind", [stream, ask])
 @pytest.mark.parametrize(
@@ -284,6 +294,7 @@ def test_who_has_the_whole_answer_does_not_wait_for_the_end_of_the_connection(se
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.row(63)
 @WAYS
 @pytest.mark.parametrize("kind", [stream, ask])
 def test_a_name_that_takes_long_to_be_found_is_not_waited_for(monkeypatch, kind, way):
@@ -340,6 +351,7 @@ def answers_for(otherwise, name, told, host, *rest, **more):
     return told if host == name else otherwise(host, *rest, **more)
 
 
+@pytest.mark.row(72)
 @WAYS
 @pytest.mark.parametrize("kind", [stream, ask])
 def test_a_server_that_never_answers_is_a_timeout(server, ollama, kind, way):
@@ -386,6 +398,7 @@ REFUSALS = [
 ]
 
 
+@pytest.mark.row(64, 65, 66, 67)
 @WAYS
 @pytest.mark.parametrize("kind", [stream, ask])
 @pytest.mark.parametrize(("status", "message", "error"), REFUSALS)
@@ -409,6 +422,7 @@ def test_an_overflow_says_how_much_and_what_to_do(server, ollama):
     assert (caught.value.prompt_tokens, caught.value.window_tokens) == (369, 256)
 
 
+@pytest.mark.row(66)
 def test_a_missing_model_is_named_with_the_command(server, ollama):
     """What to type stands in the message."""
     server.script = plain({"error": "model 'm' not found"}, status="404 Not Found")
@@ -416,6 +430,7 @@ def test_a_missing_model_is_named_with_the_command(server, ollama):
         ask(ollama, "sync")
 
 
+@pytest.mark.row(64, 67)
 @pytest.mark.parametrize(
     ("header", "wait_s"), [("", 1.0), ("Retry-After: 7\r\n", 7.0), ("Retry-After: 0.5\r\n", 0.5),
                            ("Retry-After: soon\r\n", 1.0), ("Retry-After: Thu, 01 Jan 1970 00:00:00 GMT\r\n", 0.0)]
@@ -428,6 +443,7 @@ def test_an_overloaded_server_says_when_to_come_back(server, ollama, header, wai
     assert caught.value.retry_after_s == wait_s
 
 
+@pytest.mark.row(65)
 def test_a_long_error_page_is_quoted_in_part(server, ollama):
     """At most 500 characters of it."""
     server.script = plain(b"<html>" + b"x" * 100_000, status="500 X", type_="text/html")
@@ -436,6 +452,7 @@ def test_a_long_error_page_is_quoted_in_part(server, ollama):
     assert len(str(caught.value)) < 700
 
 
+@pytest.mark.row(65)
 @WAYS
 @pytest.mark.parametrize("kind", [stream, ask])
 def test_a_refusal_without_end_is_not_waited_for(server, ollama, kind, way):
@@ -445,6 +462,7 @@ def test_a_refusal_without_end_is_not_waited_for(server, ollama, kind, way):
         kind(ollama, way, timeouts=Timeouts(read_s=60, deadline_s=60))
 
 
+@pytest.mark.row(78)
 def test_empty_lines_cost_nothing_each():
     """A server that sends nothing else would keep an event loop busy for a minute."""
     parts, blank = ChatParts(), b"\r\n" * 500_000
@@ -456,6 +474,7 @@ def test_empty_lines_cost_nothing_each():
     assert text(ChatParts().feed(blank + line("a") + blank)) == "a"
 
 
+@pytest.mark.row(81)
 @WAYS
 def test_a_redirect_is_not_followed(server, ollama, way):
     """A prompt goes to nobody else."""
@@ -466,6 +485,7 @@ def test_a_redirect_is_not_followed(server, ollama, way):
     assert len(server.requests) == 1
 
 
+@pytest.mark.row(63)
 @WAYS
 @pytest.mark.parametrize("host", ["127.0.0.1:1", "nowhere.invalid:11434"])
 @pytest.mark.parametrize("kind", [stream, ask])
@@ -487,6 +507,7 @@ def test_a_server_that_leaves_without_an_answer_is_a_connection_error(server, ol
         stream(ollama, way)
 
 
+@pytest.mark.row(116)
 def test_what_json_cannot_say_is_a_request_error(server, ollama):
     """Nothing is sent."""
     with pytest.raises(AegisRequestError, match="JSON"):
@@ -504,6 +525,7 @@ def test_a_bad_address_is_a_config_error(url):
 # -- retries --
 
 
+@pytest.mark.row(64)
 @WAYS
 def test_an_overloaded_server_is_asked_again(server, ollama, way):
     """As often as told, after the time that the server named."""
@@ -513,6 +535,7 @@ def test_an_overloaded_server_is_asked_again(server, ollama, way):
     assert len(server.requests) == 3
 
 
+@pytest.mark.row(67, 69)
 @WAYS
 def test_what_has_begun_or_is_refused_is_not_sent_again(server, ollama, way):
     """A second answer would follow the first half of another."""
@@ -528,6 +551,7 @@ def test_what_has_begun_or_is_refused_is_not_sent_again(server, ollama, way):
 # -- leaving early --
 
 
+@pytest.mark.row(85)
 def test_closing_a_stream_closes_the_connection(server, ollama):
     """So the server stops generating."""
     server.script = [*chunked(line("one"), end=False), "hang"]
@@ -537,6 +561,7 @@ def test_closing_a_stream_closes_the_connection(server, ollama):
     assert server.left.wait(5)
 
 
+@pytest.mark.row(85)
 @pytest.mark.parametrize("streamed", [True, False])
 async def test_cancelling_a_call_closes_the_connection(server, ollama, streamed):
     """A caller that has left costs the server nothing more."""
@@ -563,6 +588,7 @@ async def test_cancelling_a_call_closes_the_connection(server, ollama, streamed)
 # -- who shares a client --
 
 
+@pytest.mark.row(102)
 def test_one_client_serves_many_event_loops_and_threads(server, ollama):
     """`asyncio.run` twice, with a thread between."""
     server.script = lambda body: list(chunked(line("a"), END))
@@ -596,6 +622,7 @@ def test_making_a_client_builds_no_tls_context():
     assert client_module._trusted.cache_info().misses == 1
 
 
+@pytest.mark.row(84)
 def test_loopback_never_goes_through_a_proxy(server, monkeypatch):
     """Whatever the environment says."""
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
@@ -616,6 +643,7 @@ def test_a_login_in_the_address_is_sent_as_authentication(server):
     client.close()
 
 
+@pytest.mark.row(106)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_the_child_of_a_fork_opens_its_own_connection(server, ollama):
     """The parent's stays the parent's."""

@@ -62,6 +62,7 @@ def test_the_doctor_has_nothing_to_say_against_it():
     assert {f.code for f in findings} == {"image-without-digest"}  # which the file tells how to look up
 
 
+@pytest.mark.row(123)
 @pytest.mark.parametrize("name", SERVICES)
 def test_ports_are_published_on_loopback_only(name):
     assert all(re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port) for port in SERVICES[name].get("ports", []))
@@ -69,6 +70,7 @@ def test_ports_are_published_on_loopback_only(name):
     assert "0.0.0.0" not in re.sub(r"#.*", "", TEXT)  # noqa: S104
 
 
+@pytest.mark.row(123)
 @pytest.mark.parametrize("name", SERVICES)
 def test_images_name_a_version(name):
     assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+", SERVICES[name]["image"])
@@ -81,6 +83,7 @@ def test_images_name_the_version_that_the_table_names(name):
     assert tag == image.tag
 
 
+@pytest.mark.row(123)
 @pytest.mark.parametrize("name", SERVICES)
 def test_every_service_is_hardened(name):
     service = SERVICES[name]
@@ -92,6 +95,7 @@ def test_every_service_is_hardened(name):
     assert not {"privileged", "cap_add", "pid", "ipc", "devices"} & set(service)
 
 
+@pytest.mark.row(123)
 @pytest.mark.parametrize("name", OLLAMA_AND_REDIS)
 def test_health_checks_call_what_the_image_has(name):
     programs = of_health_check(SERVICES[name]["healthcheck"]["test"]).programs
@@ -199,6 +203,7 @@ def client(container):
         yield client
 
 
+@pytest.mark.row(124)
 def test_nobody_gets_in_without_the_password(container):
     directory, port = container
     for login in ({}, {"username": "aegis", "password": "wrong"}, {"password": PASSWORD}):

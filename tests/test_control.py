@@ -336,6 +336,7 @@ def test_a_tenant_keeps_what_was_used_last(make_cache):
     assert [asked(cache, q) for q in questions] == [questions[0], None, questions[2]]
 
 
+@pytest.mark.row(111)
 def test_one_process_generates_while_the_others_wait(make_cache):
     first, second = (make_cache(namespace="lease", lease_s=60, lease_wait_s=0.05) for _ in range(2))
     first.clear()

@@ -350,7 +350,7 @@ def test_clearing_removes_all_vectors_and_nothing_else(server, make_cache, raw, 
 # -- which model --
 
 
-@pytest.mark.row(44)
+@pytest.mark.row(44, 86)
 def test_a_model_that_was_pulled_anew_has_no_vectors_yet(changing, make_cache, way):
     """Noticed after 30 s, by every process; the old ones come back with the old model."""
     model = AegisEmbeddings("m", base_url=changing.url, cache=make_cache())
@@ -366,6 +366,7 @@ def test_a_model_that_was_pulled_anew_has_no_vectors_yet(changing, make_cache, w
     assert changing.embedded == ["ab", "ab"]
 
 
+@pytest.mark.row(86)
 def test_a_vector_made_while_the_model_was_replaced_is_not_kept(changing, make_cache, raw, way):
     """Nobody knows which of the two has made it."""
     model = AegisEmbeddings("m", base_url=changing.url, cache=make_cache())

@@ -82,6 +82,7 @@ def test_vectors_are_those_of_ollama_embeddings(server, model):
     upstream._client.close()
 
 
+@pytest.mark.row(83)
 def test_documents_are_sent_in_batches_without_duplicates(server, model, way):
     """And come back in their order; nothing is sent for nothing."""
     texts = [f"text {n % 150}" for n in range(300)]
@@ -317,6 +318,7 @@ def test_a_loop_that_ends_leaves_nothing_behind(server, model):
 # -- errors --
 
 
+@pytest.mark.row(83)
 @pytest.mark.parametrize(
     "embeddings",
     [None, [], [[1.0]], [[1.0], [1.0, 2.0]], [[], []], [[1.0], ["x"]], [[1.0], [None]], [1.0, 2.0], [[1e999], [1.0]]],
@@ -330,7 +332,7 @@ def test_vectors_that_are_none_are_a_server_error(lying, embeddings, way):
         embed(AegisEmbeddings("m", base_url=lying.url), way, ["a", "b"])
 
 
-@pytest.mark.row(43)
+@pytest.mark.row(43, 83)
 def test_not_a_number_is_a_server_error(lying, way):
     """Some servers write it so."""
     lying.script = plain(b'{"embeddings":[[NaN,1.0]]}')
@@ -338,6 +340,7 @@ def test_not_a_number_is_a_server_error(lying, way):
         embed(AegisEmbeddings("m", base_url=lying.url), way, ["a"])
 
 
+@pytest.mark.row(83)
 def test_dimensions_that_the_model_does_not_have_are_an_error(lying, way):
     """Ollama ignores them in silence."""
     lying.script = plain({"embeddings": [[1.0, 2.0]]})

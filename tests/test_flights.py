@@ -85,6 +85,7 @@ async def test_a_hundred_identical_calls_make_one_and_share_no_object(bound):
     assert idle(flights, bound)
 
 
+@pytest.mark.row(92)
 async def test_cancelling_the_leader_or_any_other_hurts_nobody(bound):
     flights, work = Flights(), Calls()
     tasks = [join(flights, bound, work) for _ in range(100)]
@@ -99,6 +100,7 @@ async def test_cancelling_the_leader_or_any_other_hurts_nobody(bound):
     assert idle(flights, bound)
 
 
+@pytest.mark.row(93)
 async def test_the_last_ones_leaving_cancels_the_call_and_the_next_starts_afresh(bound):
     flights, work = Flights(), Calls()
     tasks = [join(flights, bound, work) for _ in range(3)]
@@ -126,6 +128,7 @@ async def test_a_flight_cancelled_before_its_first_step_loses_no_slot(bound):
     assert idle(flights, bound)
 
 
+@pytest.mark.row(91, 93)
 async def test_a_call_that_waits_for_a_slot_is_dropped_when_nobody_wants_it(bound):
     flights, work = Flights(), Calls()
     held = [bound.enter(), bound.enter()]
@@ -141,6 +144,7 @@ async def test_a_call_that_waits_for_a_slot_is_dropped_when_nobody_wants_it(boun
     assert idle(flights, bound)
 
 
+@pytest.mark.row(94)
 async def test_each_caller_gets_an_error_of_its_own_and_a_failed_flight_is_not_joined(bound):
     error = AegisContextOverflowError("too long", prompt_tokens=9, window_tokens=4, status_code=400)
     error.add_note("a note")
@@ -164,6 +168,7 @@ async def test_each_caller_gets_an_error_of_its_own_and_a_failed_flight_is_not_j
     assert idle(flights, bound)
 
 
+@pytest.mark.row(112)
 async def test_the_call_sees_no_callers_context(bound):
     flights, work = Flights(), Calls()
     who.set("alice")
@@ -199,6 +204,7 @@ async def test_a_deadline_ends_one_callers_wait_only(bound):
     assert idle(flights, bound)
 
 
+@pytest.mark.row(99)
 async def test_a_flight_that_is_cancelled_from_outside_is_made_again_by_its_callers(bound):
     flights, work = Flights(), Calls()
     tasks = [join(flights, bound, work) for _ in range(2)]
@@ -248,6 +254,7 @@ async def test_a_seat_may_be_given_up_for_a_ticket_of_ones_own(bound):
     assert idle(flights, bound)
 
 
+@pytest.mark.row(100)
 async def test_garbage_collection_does_not_eat_a_flight(bound):
     flights, work = Flights(), Calls()
     task = join(flights, bound, work)
@@ -334,6 +341,7 @@ def test_an_interrupted_thread_does_not_take_the_others_down(bound):
     assert idle(flights, bound)
 
 
+@pytest.mark.row(101)
 def test_two_loops_and_three_threads_share_one_call(bound):
     """Whoever comes first makes it; each of the others has a result of its own."""
     flights, calls, boarded, go = Flights(), [], threading.Semaphore(0), threading.Event()
@@ -370,6 +378,7 @@ def test_two_loops_and_three_threads_share_one_call(bound):
     assert idle(flights, bound)
 
 
+@pytest.mark.row(108)
 def test_a_closed_loop_leaves_no_flight_behind(bound):
     flights = Flights()
     loop = asyncio.new_event_loop()
@@ -404,6 +413,7 @@ def test_an_error_is_multiplied_with_all_it_says(error):
     assert (type(twin), str(twin), twin.args, vars(twin)) == (type(error), str(error), error.args, vars(error))
 
 
+@pytest.mark.row(91)
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32))
 def test_random_cancels_lose_nobody(seed):

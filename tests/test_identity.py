@@ -68,6 +68,7 @@ def test_different_fields_never_share_a_string(one, other):
     assert (string(**one) == string(**other)) == (plain(one) == plain(other))
 
 
+@pytest.mark.row(118)
 @settings(deadline=None)
 @given(fields, st.randoms())
 def test_order_never_matters(parts, random):
@@ -127,6 +128,7 @@ def test_stop_may_come_from_the_options():
     assert string(model="m", options={"stop": ["a", "b"]}) == string(model="m", stop=["b", "a", "a"])
 
 
+@pytest.mark.row(118)
 def test_a_value_that_json_cannot_say_is_refused():
     """Never a random key."""
     with pytest.raises(AegisOptionError, match="JSON"):

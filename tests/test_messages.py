@@ -21,6 +21,7 @@ def test_a_text_is_one_human_message():
     assert (message.role, message.text) == ("human", "What is a cache?")
 
 
+@pytest.mark.row(119)
 def test_ids_usage_and_timings_do_not_matter():
     def turn(run):
         call = {"name": "zone", "args": {"city": "Graz"}, "id": f"call-{run}"}
@@ -45,6 +46,7 @@ CONVERSATION = (
 )
 
 
+@pytest.mark.row(117, 119)
 @pytest.mark.parametrize(
     ("at", "other"),
     [
@@ -74,6 +76,7 @@ def test_whatever_the_model_sees_matters(at, other):
     assert canonical(*CONVERSATION[:at], *CONVERSATION[at + 1 :]) != canonical(*CONVERSATION)
 
 
+@pytest.mark.row(115, 116)
 @given(st.text(alphabet=st.characters(codec=None)))  # lone surrogates too
 def test_text_comes_back_byte_for_byte(text):
     (message,) = canonical(HumanMessage(text))
@@ -81,6 +84,7 @@ def test_text_comes_back_byte_for_byte(text):
     assert parse_prompt(text)[0].text == text or text.startswith("[{")
 
 
+@pytest.mark.row(117)
 def test_media_is_told_from_text():
     assert canonical(CONVERSATION[4])[0].has_media
     assert not canonical(HumanMessage([{"type": "text", "text": "hi"}]))[0].has_media
@@ -95,6 +99,7 @@ def test_what_cannot_be_read_is_said_never_guessed(kwargs):
     assert parse_prompt(json.dumps([item])[:-1]) is None
 
 
+@pytest.mark.row(116)
 def test_json_with_lone_surrogates_and_great_numbers_survives():
     for value in ({"a": "\ud800"}, {"b": 2**80}, {"c": -(2**63) - 1}, {"d": ["ü", None, 1.5]}):
         again = messages.loads(messages.dumps(value))

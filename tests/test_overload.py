@@ -123,6 +123,7 @@ def p99(times):
 # Goodput
 
 
+@pytest.mark.row(90)
 @pytest.mark.slow
 def test_goodput_at_twenty_times_the_capacity():
     """30 s of 20 times more calls than the server can answer: it is never idle, and nobody waits for long."""
@@ -174,6 +175,7 @@ def test_callers_that_come_again_when_they_are_told_to_are_all_answered():
     assert sum(tries) / len(tries) < 40
 
 
+@pytest.mark.row(88, 89)
 @pytest.mark.parametrize(("how", "calls"), [("model", 10_000), ("bound", 10_000), ("chain", 1_000), ("node", 1_000)])
 @pytest.mark.slow
 def test_many_thousand_at_once(how, calls):
@@ -221,6 +223,7 @@ ENTRIES_OF_A_BURST = {
 }
 
 
+@pytest.mark.row(89)
 @pytest.mark.parametrize(("bound", "items"), [(False, 3_000), (True, 500)], ids=["model", "binding"])
 def test_a_long_batch_is_answered_whole(bound, items):
     """None is refused, order is kept, and the server works all the time."""
@@ -280,6 +283,7 @@ async def batch_of_five_thousand(model):
         await model.abatch([f"a {i}" for i in range(5_000)], {"max_concurrency": 1_000})
 
 
+@pytest.mark.row(110)
 @pytest.mark.parametrize("large", [five_thousand, batch_of_five_thousand])
 @pytest.mark.slow
 def test_a_large_tenant_does_not_starve_a_small_one(large):

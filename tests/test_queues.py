@@ -88,6 +88,7 @@ def test_patient_calls_wait_without_counting_and_before_batches():
     assert (patient.state, item.state) == (State.RUNNING, State.WAITING)
 
 
+@pytest.mark.row(113)
 def test_background_traffic_never_takes_the_last_slot():
     admission = Admission(3, 10)
     with background():
@@ -101,6 +102,7 @@ def test_background_traffic_never_takes_the_last_slot():
     assert [ticket.running for ticket in spare[1:]] == [True, True, False]
 
 
+@pytest.mark.row(113)
 def test_background_traffic_uses_a_single_slot_only_while_nothing_else_is_there():
     admission = Admission(1, 10)
     with background():
@@ -112,6 +114,7 @@ def test_background_traffic_uses_a_single_slot_only_while_nothing_else_is_there(
     assert second.running
 
 
+@pytest.mark.row(113)
 def test_background_traffic_has_a_bound_of_its_own():
     admission = Admission(1, 2)
     with background():
@@ -126,6 +129,7 @@ def test_background_traffic_has_a_bound_of_its_own():
 # -- tenants
 
 
+@pytest.mark.row(110)
 @pytest.mark.slow
 def test_a_tenant_with_few_calls_is_not_slowed_down_by_one_with_many():
     def waits(beside):
@@ -222,6 +226,7 @@ def test_with_a_choice_a_beginning_runs_once():
     assert (twin.running, other.running) == (False, True)
 
 
+@pytest.mark.row(97)
 def test_without_a_window_calls_run_as_they_came():
     simulation = Simulation(1, window_ms=0)
     for n in range(30):
@@ -285,6 +290,7 @@ def test_nobody_is_overtaken_for_longer_than_its_patience():
     assert len(waits) == 2
 
 
+@pytest.mark.row(97)
 def test_a_group_gives_way_after_max_batch_calls():
     simulation = Simulation(1, max_batch=3)
     for n in range(12):

@@ -356,6 +356,7 @@ async def test_if_all_are_away_nobody_tries_them_more_than_once_a_second(servers
     assert sum(counts(servers)) == 1
 
 
+@pytest.mark.row(87)
 @wrapped
 async def test_an_answer_that_has_begun_is_never_started_anew(servers, wrap):
     asked = wrap(model(servers))
@@ -470,6 +471,7 @@ class Broken:
             yield part
 
 
+@pytest.mark.row(69, 71)
 async def test_no_kind_of_loss_starts_an_answer_anew_that_has_begun():
     asked = []
 

@@ -246,6 +246,7 @@ async def test_a_reader_that_pauses_holds_up_nobody_and_no_slot():
     assert wrapper.inner.calls == ["astream"]
 
 
+@pytest.mark.row(121)
 async def test_readers_share_no_object():
     wrapper = slow()
 
@@ -356,6 +357,7 @@ async def test_a_readers_leaving_hurts_nobody(leaver):
     await idle(wrapper)
 
 
+@pytest.mark.row(92)
 async def test_of_a_thousand_the_last_one_is_served():
     wrapper = slow()
     tasks = [asyncio.create_task(WAYS["astream" if i % 2 else "ainvoke"](wrapper)) for i in range(1_000)]
@@ -369,6 +371,7 @@ async def test_of_a_thousand_the_last_one_is_served():
     await idle(wrapper)
 
 
+@pytest.mark.row(93)
 @pytest.mark.parametrize("end", ["cancel", "aclose", "forget"])
 async def test_when_all_are_gone_the_models_stream_is_closed(end):
     wrapper = slow()
@@ -440,6 +443,7 @@ async def test_a_deadline_ends_one_readers_stream(way):
 # Errors
 
 
+@pytest.mark.row(94)
 @pytest.mark.parametrize("first", ["astream", "stream"])
 async def test_a_failure_comes_to_each_reader_after_what_it_follows(first):
     wrapper = slow(fails_after=2)
@@ -603,6 +607,7 @@ class Told(BaseCallbackHandler):
         self.texts[run_id] = response.generations[0][0].text
 
 
+@pytest.mark.row(112)
 @pytest.mark.parametrize("mode", ["async", "threads"])
 async def test_each_reader_has_its_own_run_and_hears_each_token_once(mode):
     wrapper, handlers, ids = slow(), [Told() for _ in range(3)], [uuid.uuid4() for _ in range(3)]
@@ -757,6 +762,7 @@ async def test_who_asks_after_an_invalidation_does_not_join_a_stream_from_before
 # Loops and factories
 
 
+@pytest.mark.row(102)
 def test_fifty_loops_in_a_row_without_a_warning():
     wrapper = BatchingChatModel(Steps())
 
@@ -778,6 +784,7 @@ def test_fifty_loops_in_a_row_without_a_warning():
     assert wrapper.admission.stats().running == chat_flights.seats == 0
 
 
+@pytest.mark.row(105)
 @pytest.mark.parametrize("factory", [None, *filter(None, [getattr(asyncio, "eager_task_factory", None)])])
 def test_any_task_factory(factory):
     wrapper = BatchingChatModel(Steps())
