@@ -54,6 +54,14 @@ class ForwardingChatModel(BaseChatModel):
                 raise
             return value
 
+    def __getstate__(self) -> dict[Any, Any]:
+        """Return what is pickled: not what is worked out again, such as the slots, which are one process's own."""
+        state = super().__getstate__()
+        own = {
+            name for kind in type(self).__mro__ for name, value in vars(kind).items() if type(value) is cached_property
+        }
+        return {**state, "__dict__": {name: value for name, value in state["__dict__"].items() if name not in own}}
+
     # Identity and tracing
 
     @property

@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import gc
 import itertools
+import pickle
 import random
 import threading
 import uuid
@@ -1061,6 +1062,17 @@ def test_a_blocking_call_inside_a_running_loop_ends(temperature):
 
     asyncio.run(asyncio.wait_for(main(), LONG_S))
     assert idle(wrapper)
+
+
+def test_a_wrapper_that_was_used_can_be_pickled():
+    """A process that is spawned has slots of its own."""
+    wrapper = BatchingChatModel(Fake(), max_concurrency=3)
+    assert wrapper.invoke("q").content
+    held = wrapper.admission.enter()
+    again = pickle.loads(pickle.dumps(wrapper))  # noqa: S301 (our own bytes)
+    held.leave()
+    assert (again.admission.max_concurrency, again.admission.stats().running) == (3, 0)
+    assert again.invoke("q").content
 
 
 @pytest.mark.row(105)
