@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
-from ipaddress import ip_address
 from typing import Any
 
 import hiredis
@@ -27,7 +26,7 @@ from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.links import AllInUse, AsyncLinks, Links, TooLarge, packed
 from langchain_aegis.loops import PerLoop
 from langchain_aegis.notices import warn_once
-from langchain_aegis.settings import redact_url
+from langchain_aegis.settings import is_looked_up, redact_url
 from langchain_aegis.store import Commands
 
 # Of a given client's arguments: those that would undo the tight timeouts, or that belong to its own classes.
@@ -177,7 +176,7 @@ class Connections:
             made = make()  # unconnected: only checks the arguments
         except TypeError as exc:
             raise AegisConfigError(f"redis_kwargs: {exc}") from exc
-        self._by_name = _has_name(getattr(made, "host", None))
+        self._by_name = is_looked_up(getattr(made, "host", None))
         return make
 
     def _watched(self, connection: Any) -> Any:
@@ -234,16 +233,6 @@ def _connection_class(arguments: dict[str, Any], plain: type, tls: type, unix: t
     if "path" in arguments or "Unix" in name:
         return unix
     return tls if "SSL" in name else plain
-
-
-def _has_name(host: Any) -> bool:
-    """Return whether an address must be looked up by the system, which may take seconds and knows no timeout."""
-    if not isinstance(host, str) or host == "localhost":
-        return False
-    with contextlib.suppress(ValueError):
-        ip_address(host.partition("%")[0])
-        return False
-    return True
 
 
 def _connected(make: Callable[[], Any], budget_s: float) -> Any:

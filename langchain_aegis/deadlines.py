@@ -14,12 +14,13 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from ipaddress import ip_address
 from types import TracebackType
 from typing import Any
 
 import httpcore
 import httpx
+
+from langchain_aegis.settings import is_looked_up
 
 
 class _Told(threading.local):
@@ -82,7 +83,7 @@ class _Backend(httpcore.NetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
         timeout = _least(timeout, httpcore.ConnectTimeout)
-        if timeout is None or not _has_name(host):
+        if timeout is None or not is_looked_up(host):
             return _Stream(self._inner.connect_tcp(host, port, timeout, local_address, socket_options))
         ends = time.monotonic() + timeout
         *others, last = _found(host, port, timeout)
@@ -129,16 +130,6 @@ def _left(ends: float) -> float:
     if left <= 0:
         raise httpcore.ConnectTimeout("timed out")
     return left
-
-
-def _has_name(host: str) -> bool:
-    """Return whether an address must be looked up by the system, which may take seconds and knows no timeout."""
-    if host == "localhost":
-        return False
-    with contextlib.suppress(ValueError):
-        ip_address(host.partition("%")[0])
-        return False
-    return True
 
 
 def _found(host: str, port: int, timeout_s: float) -> list[str]:

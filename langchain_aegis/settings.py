@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from ipaddress import ip_address
 from typing import Any, Literal, Self
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -141,6 +142,17 @@ def redact_url(url: str) -> str:
     scheme = start[0] if start else ""
     _, at, rest = url.removeprefix(scheme).rpartition("@")  # the last one: a password may be left unquoted
     return f"{scheme}{'***@' if at else ''}{rest.partition('?')[0]}"
+
+
+def is_looked_up(host: Any) -> bool:
+    """Return whether the system must look a host's name up, which may take seconds and knows no timeout."""
+    if not isinstance(host, str) or host == "localhost":
+        return False
+    try:
+        ip_address(host.partition("%")[0])
+    except ValueError:
+        return True
+    return False
 
 
 def _redis_url(env: Mapping[str, str]) -> str:
