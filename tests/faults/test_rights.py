@@ -130,6 +130,27 @@ def test_vectors_are_kept_with_the_rights_of_the_shipped_user(server, user):
     assert refused(server) == []
 
 
+@pytest.mark.row(126)
+@pytest.mark.parametrize("more", [[], ["+client|tracking"], ["+client|tracking", "+subscribe", "&aegis:*"]])
+def test_the_local_tier_needs_one_right_more_and_is_left_out_without_it(server, user, new_cache, stored, more):
+    """It is not shipped: who may be told of changed names may be told of all of them, other users' too."""
+    url = user(lambda rules: [*rules, *more])
+    cache = new_cache(url=url, namespace="aegis", op_budget_s=5, local_tier_bytes=1_000_000)
+    cache.update(prompt(STORED), MODEL, chat("28 days"))
+    stored()
+
+    def local_hits():
+        assert text_of(cache.lookup(prompt(STORED), MODEL)) == "28 days"
+        return cache.stats().local.hits
+
+    if more:
+        wait_until(local_hits, what="a hit of the local tier")
+    else:
+        assert not any(local_hits() for _ in range(20))
+        wait_until(lambda: refused(server), what="the refusal")
+    assert {entry[b"object"] for entry in refused(server)} <= {b"client|tracking", b"subscribe", b"aegis:{p00}:pushes"}
+
+
 REFUSED = [
     ("GET", "other"), ("SET", "other", "1"), ("HGETALL", "other:aegis:{p00}:e:1"), ("HSET", "aegi", "a", "b"),
     ("DEL", "AEGIS:{p00}:e:1"), ("RENAME", "aegis:{p00}:e:1", "other"), ("ZINTERSTORE", "aegis:x", 1, "other"),
