@@ -203,7 +203,6 @@ def client(container):
         yield client
 
 
-@pytest.mark.row(124)
 def test_nobody_gets_in_without_the_password(container):
     directory, port = container
     for login in ({}, {"username": "aegis", "password": "wrong"}, {"password": PASSWORD}):
