@@ -51,6 +51,17 @@ def test_an_update_does_not_wait_for_redis_and_the_next_lookup_waits_for_the_upd
     assert found[0].message.response_metadata["aegis_cache"]["tier"] == "exact"
 
 
+def test_the_next_lookup_waits_for_an_update_that_replaces_an_answer(make_cache):
+    cache = make_cache()
+    cache.update(prompt(BOOK), MODEL, chat("28 days"))
+    assert the_writer.drain(timeout_s=10)
+    with held() as go:
+        cache.update(prompt(BOOK), MODEL, chat("14 days"))
+        threading.Timer(0.05, go.set).start()
+        found = cache.lookup(prompt(BOOK), MODEL)
+    assert text_of(found) == "14 days"
+
+
 def test_a_paraphrase_waits_for_the_writes_of_its_scope(make_cache):
     cache = make_cache()
     assert cache.lookup(prompt(BOOK), MODEL) is None
