@@ -450,7 +450,7 @@ def test_a_loop_that_is_closed_over_waiting_calls_ends_the_program_quietly(lying
 
 UNDER_LOAD = """
 import asyncio, sys, threading
-from langchain_aegis import BatchingChatModel, ChatAegis
+from langchain_aegis import AegisSemanticCache, BatchingChatModel, ChatAegis
 cache = AegisSemanticCache(sys.argv[2], namespace="load", require_tenant=False)
 cache._engine.embedder._make = lambda: None
 model = BatchingChatModel(
@@ -501,7 +501,7 @@ def test_a_signal_ends_a_program_under_load_as_any_other(lying, server, number, 
 
 ASKING = """
 import json, sys
-from langchain_aegis import BatchingChatModel, ChatAegis
+from langchain_aegis import AegisSemanticCache, BatchingChatModel, ChatAegis
 with AegisSemanticCache(sys.argv[2], namespace=sys.argv[3], require_tenant=False, op_budget_s=5,
                         lease_s=float(sys.argv[4]), lease_wait_s=20) as cache:
     cache._engine.embedder._make = lambda: None

@@ -134,7 +134,7 @@ def test_a_log_that_is_cut_anywhere_loads_and_serves_nothing_wrong(our_own, new_
 @pytest.mark.parametrize("how", ["tasks", "threads"])
 def test_a_redis_that_still_reads_its_data_is_a_miss(new_server, new_recorder, stored, how):
     # While it loads it looks at its connections after every 1,024 keys.
-    server = new_server(search=False, key_load_delay=20)
+    server = new_server(search=False, key_load_delay=100)
     pipe = server.client.pipeline(transaction=False)
     for number in range(25_000):
         pipe.set(f"k{number}", "v")
