@@ -261,6 +261,7 @@ async def test_a_binding_asks_before_it_merges_configs(monkeypatch):
     assert held
 
 
+@pytest.mark.slow
 async def test_a_refusal_leaves_no_garbage():
     """An error that its own traceback holds is collected later, by a pause that hits one refusal of a hundred."""
     wrapper = BatchingChatModel(Fake(), max_concurrency=1, max_waiting=1)

@@ -119,6 +119,7 @@ async def test_a_bad_item_hurts_only_itself_also_among_items_that_are_put_in_ord
     ids=["bind", "tools", "config", "chain", "retry"],
 )
 @pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.slow
 async def test_a_long_batch_through_what_is_built_on_the_model_is_never_refused(bound, wrapped):
     with ScriptedOllama(words=2) as server:
         inner = ChatAegis("scripted", base_url=server.base_url, cache=False)

@@ -117,6 +117,7 @@ def test_a_system_that_answers_wrongly_or_not_at_all_makes_the_run_fail(tiny, ca
     assert not any("GET" in line for line in failed)
 
 
+@pytest.mark.slow
 def test_the_floors_alone_do_not_fail(tiny, capsys):
     told = [*tiny, "--rounds", "2", "--crowd", "0", "--memory-entries", "0"]
     assert cache.main(told, [cache_systems.FloorGet, cache_systems.FloorFunction]) == 0

@@ -92,6 +92,7 @@ services:
     ["a: &a [*a]\nservices: {x: {y: *a}}", "services:\n  a: &a\n    b: *a\n", "? [1]\n: 2\n", "a: 1\n---\nb: 2\n",
      LAUGHS],
 )  # fmt: skip
+@pytest.mark.slow
 def test_files_that_would_never_end_are_refused(tmp_path, text):
     with pytest.raises(NoComposeFileError):
         read(tmp_path, text)

@@ -329,6 +329,7 @@ def test_it_hits_repeats_and_paraphrases_and_stops_traps(demo, scripted):
     assert get_llm_cache() is None
 
 
+@pytest.mark.slow
 def test_asked_again_only_paraphrases_are_generated_and_once(demo, scripted):
     """A text that was answered by meaning gets an answer of its own when it is asked again."""
     before = {q["question"]: q["tier"] for q in json.loads(demo()[1])["questions"]}
@@ -345,6 +346,7 @@ def test_asked_again_only_paraphrases_are_generated_and_once(demo, scripted):
     assert scripted.chats == []
 
 
+@pytest.mark.slow
 def test_without_guards_wrong_answers_are_served_and_it_says_so(demo):
     code, out, _ = demo(no_guards=True)
     report = check(json.loads(out))

@@ -99,6 +99,7 @@ def test_a_search_index_survives_the_restart(home, client):
         assert b"d:1" in str(found).encode()
 
 
+@pytest.mark.slow
 def test_killing_all_users_ends_the_server(home):
     with User() as first, User() as second:
         for user in (first, second):
@@ -240,6 +241,7 @@ def test_the_exit_of_a_forked_child_does_not_touch_the_parents_lease(home, clien
         assert client(server.url).ping()
 
 
+@pytest.mark.slow
 def test_neither_descriptors_nor_zombies_remain(home, open_descriptors):
     gc.collect()  # what earlier tests have left is closed now, not in between
     before = open_descriptors()
@@ -412,6 +414,7 @@ def test_a_server_that_reads_much_data_is_waited_for(slow_to_load, client, caplo
     assert "300 s" in said
 
 
+@pytest.mark.slow
 def test_a_server_that_reads_data_too_long_says_where_it_is(slow_to_load, home, monkeypatch):
     monkeypatch.setattr(embedded_redis, "_LOADING_TIMEOUT_S", 1.5)
     with pytest.raises(AegisConnectionError, match=r"still read its data after 1\.5 s") as caught:

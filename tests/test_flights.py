@@ -255,6 +255,7 @@ async def test_a_seat_may_be_given_up_for_a_ticket_of_ones_own(bound):
 
 
 @pytest.mark.row(100)
+@pytest.mark.slow
 async def test_garbage_collection_does_not_eat_a_flight(bound):
     flights, work = Flights(), Calls()
     task = join(flights, bound, work)

@@ -246,6 +246,7 @@ async def test_more_than_is_wanted_is_not_read_and_the_others_are_told_that_it_w
     await alinks.ask(packed([("DEL", "larger")]), 1)
 
 
+@pytest.mark.slow
 def test_a_connection_that_is_in_use_while_all_are_closed_is_closed_when_it_comes_back(redis_url, open_descriptors):
     gc.collect()
     before = open_descriptors()

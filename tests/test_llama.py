@@ -83,6 +83,7 @@ class TestModel:
 
 @pytest.mark.slow
 class TestProcess:
+    @pytest.mark.slow
     def test_is_shared_and_ends_with_the_last_user(self, server: EmbeddedOllama, home: Path) -> None:
         one, two = EmbeddedOllama(home=home), EmbeddedOllama(home=home)
         pid = one.pid
@@ -94,6 +95,7 @@ class TestProcess:
         two.close()
         assert not is_running(pid)
 
+    @pytest.mark.slow
     def test_is_started_again_when_it_died(self, server: EmbeddedOllama) -> None:
         pid = server.pid
         os.kill(pid, signal.SIGKILL)
@@ -101,6 +103,7 @@ class TestProcess:
 
         assert chat(server, "hello")["done"]
 
+    @pytest.mark.slow
     async def test_starting_does_not_block_the_loop(self) -> None:
         ticks = 0
 

@@ -297,6 +297,7 @@ def test_an_expired_record_is_not_served_even_if_nobody_says_that_it_expired(pai
     wait_until(looked_at, what="a look at what is held")
 
 
+@pytest.mark.slow
 def test_an_expiry_is_heard(pair):
     reader, other = pair
     with aegis_scope(ttl_s=0.05):

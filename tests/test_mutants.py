@@ -59,6 +59,7 @@ def test_a_mutant_that_a_test_notices_is_fine_and_the_tree_is_untouched(toy):
     assert (root / "langchain_aegis/rule.py").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_mutant_that_no_test_notices_fails_the_run(toy):
     _, run = toy
     done = run(TESTED + UNTESTED)

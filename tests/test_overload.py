@@ -150,6 +150,7 @@ def test_goodput_at_twenty_times_the_capacity():
     assert (stats.served, stats.refused) == (len(answered), len(times) - len(answered))
 
 
+@pytest.mark.slow
 def test_callers_that_come_again_when_they_are_told_to_are_all_answered():
     """`retry_after_s` is enough to plan with: with a jitter of their own all get through, none hammers."""
 
@@ -225,6 +226,7 @@ ENTRIES_OF_A_BURST = {
 
 @pytest.mark.row(89)
 @pytest.mark.parametrize(("bound", "items"), [(False, 3_000), (True, 500)], ids=["model", "binding"])
+@pytest.mark.slow
 def test_a_long_batch_is_answered_whole(bound, items):
     """None is refused, order is kept, and the server works all the time."""
 
@@ -398,6 +400,7 @@ async def test_every_way_in_is_refused_alike(entry, full):
 
 
 @pytest.mark.parametrize("kind", ["aegis", "memory"])
+@pytest.mark.slow
 async def test_what_a_cache_knows_is_answered_from_a_full_queue(kind, full, redis_url, minilm):
     """200 cached questions, 0 refused; a new one is."""
     model, server = full

@@ -225,6 +225,7 @@ with batch_progress(label="squares"):
 """
 
 
+@pytest.mark.slow
 def test_on_a_terminal_it_goes_to_standard_error_only():
     ours, theirs = pty.openpty()
     try:

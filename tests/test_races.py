@@ -536,6 +536,7 @@ def process(processes):
 
 
 @pytest.mark.parametrize("removed", RACES)
+@pytest.mark.slow
 async def test_a_removal_here_wins_over_an_answer_that_another_process_makes(cache, make, process, removed):
     process.order("ask", make.namespace)
     assert process.hear() == "generating"

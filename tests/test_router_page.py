@@ -34,6 +34,7 @@ def servers(monkeypatch):
         server.close()
 
 
+@pytest.mark.slow
 def test_the_examples_run(servers):
     def asked(name):
         found = [chat["model"] for chat in servers[name].chats]

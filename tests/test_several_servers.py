@@ -168,6 +168,7 @@ async def test_identical_calls_make_one_call_of_one_server(servers):
     assert len({answer.text for answer in answers}) == 1
 
 
+@pytest.mark.slow
 async def test_a_call_inside_a_stream_never_waits_for_its_own_slot(servers):
     asked = model(servers, max_concurrency=1)
     async with asyncio.timeout(LONG_S):

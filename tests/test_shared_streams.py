@@ -178,6 +178,7 @@ async def test_whoever_comes_second_shares_the_first_ones_call(first, second):
 
 
 @pytest.mark.parametrize("opener", ["ainvoke", "invoke", "astream", "stream"])
+@pytest.mark.slow
 async def test_a_thousand_mixed_callers_make_one_call(opener):
     wrapper = slow()
     with ThreadPoolExecutor(120) as pool:

@@ -37,6 +37,7 @@ async def test_all_kinds_of_calls_of_all_models_share_the_slots(server):
     assert len(server.chats) == 18
 
 
+@pytest.mark.slow
 async def test_a_long_batch_waits_for_its_turn_and_nothing_is_refused(server):
     answers = await model(server).abatch([f"item {i}" for i in range(300)])
     assert len({a.content for a in answers}) == 300

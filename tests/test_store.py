@@ -663,6 +663,7 @@ OPERATIONS = st.one_of(
 @pytest.mark.parametrize("any_redis", ["plain"], indirect=True)
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(operations=st.lists(OPERATIONS, max_size=25))
+@pytest.mark.slow
 def test_any_sequence_of_writes_invalidations_and_sweeps_keeps_the_books(any_redis, operations):
     """Against a model in Python: what is served, what is counted, what each call returns, what is left at the end."""
     kept, alive, now = Kept(any_redis.url), {}, NOW

@@ -292,6 +292,7 @@ def test_a_process_sweeps_to_the_end_when_that_takes_less_than_a_second(redis_ur
     kept.close()
 
 
+@pytest.mark.slow
 def test_a_process_ends_although_redis_does_not_answer(tmp_path):
     code = f"""
         from langchain_aegis.connections import Connections

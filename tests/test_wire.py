@@ -158,6 +158,7 @@ class TestGeneration:
         assert answer["message"]["content"] == whole[: whole.index(stop)]
         assert answer["done_reason"] == "stop"
 
+    @pytest.mark.slow
     def test_a_prompt_is_cut_to_half_of_the_window(self, http: httpx.Client) -> None:
         """Measured on Ollama: prompt_eval_count 130 at num_ctx 256."""
         body = ask("word " * 360, stream=False, options={"num_ctx": 256, "num_predict": 1})
@@ -217,6 +218,7 @@ class TestGeneration:
             answer = await asyncio.wait_for(client.post("/api/chat", json=ask(stream=False)), DEADLINE_S)
         assert answer.json()["done"]
 
+    @pytest.mark.slow
     async def test_concurrent_requests_keep_apart(self, url: str) -> None:
         names = ["Zebulon", "Quentin", "Xanthe", "Wilhelmina", "Ottokar", "Ulrike"]
         async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as client:

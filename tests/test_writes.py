@@ -207,6 +207,7 @@ def test_an_answer_that_comes_while_redis_is_asked_is_found(make_cache, monkeypa
 
 
 @pytest.mark.parametrize("closes", [True, False])
+@pytest.mark.slow
 def test_a_process_that_ends_at_once_has_stored_its_answers(redis_url, closes):
     namespace = f"c{uuid.uuid4().hex[:8]}"
     code = f"""

@@ -79,6 +79,7 @@ def length_of_a_hit(ask, proxy, way):
 
 @pytest.mark.row(22, 23)
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+@pytest.mark.slow
 def test_a_reply_that_is_cut_anywhere_is_a_miss_and_the_next_call_is_right(ask, proxy, reset):
     size = length_of_a_hit(ask, proxy, proxy.down)
     breaker = ask.recorder.cache._connections.breaker

@@ -64,6 +64,7 @@ def reasons(recorder):
 
 @pytest.mark.row(1)
 @HOW_MANY
+@pytest.mark.slow
 def test_a_redis_that_was_never_there_costs_nobody_an_answer(server, new_recorder, how):
     server.kill()
     load = Load(new_recorder(url=server.url, **PRODUCTION), how, at_once=1)
@@ -88,6 +89,7 @@ def test_of_a_redis_that_never_said_a_word_five_calls_wait(server, new_recorder,
 
 @pytest.mark.row(2)
 @HOW_MANY
+@pytest.mark.slow
 def test_a_redis_killed_under_load_costs_nobody_an_answer_and_hits_return_with_it(server, warm, how, rounds):
     for _ in range(rounds(1)):
         load = warm(how)
@@ -215,6 +217,7 @@ def test_a_redis_that_freezes_every_half_second_costs_nobody_an_answer(server, w
 
 @pytest.mark.row(5)
 @HOW
+@pytest.mark.slow
 def test_a_redis_that_takes_no_writes_for_a_while_still_answers(server, warm, how, stored):
     load = warm(how, at_once=8)
     with paused(server, "WRITE"):
@@ -227,6 +230,7 @@ def test_a_redis_that_takes_no_writes_for_a_while_still_answers(server, warm, ho
 
 @pytest.mark.row(7)
 @HOW_MANY
+@pytest.mark.slow
 def test_a_full_redis_still_answers_and_stores_nothing_more(server, warm, new_recorder, how, stored):
     load = warm(how, namespace="full")
     calm = Load(new_recorder(url=server.url, namespace="full"), how)
@@ -256,6 +260,7 @@ def test_a_redis_that_is_full_from_the_start_costs_nothing(server, new_recorder,
 
 @pytest.mark.row(8)
 @HOW
+@pytest.mark.slow
 def test_a_redis_that_became_a_replica_still_answers_and_takes_no_writes(server, warm, how, stored, caplog):
     load = warm(how, op_budget_s=5)
     server.client.execute_command("REPLICAOF", "127.0.0.1", "1")
@@ -285,6 +290,7 @@ def test_a_password_that_is_missing_or_wrong_is_a_miss_and_one_warning(server, n
 
 @pytest.mark.row(11)
 @HOW
+@pytest.mark.slow
 def test_a_redis_that_takes_no_more_clients_costs_nobody_an_answer(server, warm, how):
     load = warm(how, at_once=4)
     load.recorder.cache.close()
@@ -420,6 +426,7 @@ def same_words(count):
 @pytest.mark.row(13, 14)
 @pytest.mark.parametrize("fault", ["empty", "drop_indexes"])
 @HOW_MANY
+@pytest.mark.slow
 def test_an_index_that_is_gone_is_made_again_once_and_hits_return(server, new_recorder, stored, fault, how):
     recorder = new_recorder(url=server.url, embeddings=Words(), min_similarity=0.999, **PRODUCTION)
     load = Load(recorder, how)
@@ -499,6 +506,7 @@ def test_a_foreign_index_under_our_name_is_not_touched_and_serves_nothing_wrong(
 
 
 @pytest.mark.row(3)
+@pytest.mark.slow
 async def test_nothing_is_left_behind_by_an_outage(server, leaves_nothing, new_recorder):
     recorder = new_recorder(url=server.url, **PRODUCTION)
     async with no_tasks_left():

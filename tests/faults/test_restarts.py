@@ -79,6 +79,7 @@ def check(server, cache):
 @pytest.mark.row(37)
 @pytest.mark.parametrize("killed", ["redis", "us"])
 @pytest.mark.deadline(900)
+@pytest.mark.slow
 def test_whoever_is_killed_while_four_write_leaves_nothing_torn_or_immortal(our_own, new_cache, rounds, killed):
     """AEGIS_FAULT_ROUNDS=50 makes as many rounds as are promised."""
     cache = new_cache(url=our_own.unix_url, namespace="killed")
@@ -167,6 +168,7 @@ def _says_loading(server):
 
 
 @pytest.mark.row(19)
+@pytest.mark.slow
 def test_after_a_kill_the_exact_tier_hits_at_once_and_the_other_soon(our_own, new_recorder, stored):
     recorder = new_recorder(
         url=our_own.unix_url, embeddings=Words(), min_similarity=0.9, alike=lambda q: q.replace(" please", "")
