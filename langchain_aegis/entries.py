@@ -89,7 +89,7 @@ class Record:
     question: str = ""
 
     def sealed(self, mac_key: bytes) -> dict[str, bytes]:
-        """Return the record as Redis fields, signed; a field that is empty is left out, which saves a tenth of it."""
+        """Return the record as Redis fields, signed; a field that is empty is left out, which saves Redis its name."""
         values: dict[str, bytes] = {"v": VERSION}
         for f in fields(self):
             value = getattr(self, f.name)

@@ -37,7 +37,7 @@ def pack(vector: Sequence[float]) -> bytes | None:
     """
     try:
         if (np := _numpy()) is not None:
-            # From a list, by way of an array it takes less than half the time.
+            # A list becomes an array sooner than numpy would look at each of its values.
             values = np.frombuffer(array("d", vector)) if type(vector) is list and vector else np.asarray(vector, "d")
             with np.errstate(all="ignore"):
                 length = math.sqrt(values.dot(values)) if values.ndim == 1 else 0.0
