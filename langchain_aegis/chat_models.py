@@ -25,6 +25,7 @@ from langchain_aegis.answers import Whole, read_chunk, read_result
 from langchain_aegis.asking import Asking, turn_of
 from langchain_aegis.bodies import wire_message, wire_tools
 from langchain_aegis.client import OllamaClient
+from langchain_aegis.digests import note_asked
 from langchain_aegis.endpoint import Endpoint
 from langchain_aegis.errors import AegisConfigError, AegisOptionError
 from langchain_aegis.hits import CachedChat
@@ -219,12 +220,18 @@ class ChatAegis(CachedChat):
         return {**self.asdict(), "stop": stop, **kwargs}
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        return self._named(self._call(stop, kwargs)) if kwargs or stop is not None else self._standing().llm_string
+        return self._named(self._call(stop, kwargs) if kwargs or stop is not None else self._defaults())
 
     def _named(self, call: Call) -> str:
         """Return what a cache is told about a call."""
         told = self._standing()
-        return told.llm_string if call is told.call else llm_string(call.identity(output_version=told.output_version))
+        text = told.llm_string if call is told.call else llm_string(call.identity(output_version=told.output_version))
+        note_asked(text, (call.model, self._clients))
+        return text
+
+    def _clients(self) -> list[OllamaClient]:
+        addresses = self.base_url if isinstance(self.base_url, list) else [self.base_url]
+        return [self._endpoint.client(address) for address in addresses]
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         call = self._call(stop, kwargs)
@@ -419,11 +426,9 @@ class ChatAegis(CachedChat):
     def _warmth(self, system: str | None) -> list[tuple[OllamaClient, Target]]:
         """Return the clients of the model's servers, and what is to be warmed there."""
         body, where, rule = self._body(self._defaults(), []), self._made_at.text, self.on_reload
-        addresses = self.base_url if isinstance(self.base_url, list) else [self.base_url]
-        clients = [self._endpoint.client(address) for address in addresses]
         return [
             (each, Target.of(body, each.base_url, rule=rule, where=where, embeds=False, system=system))
-            for each in clients
+            for each in self._clients()
         ]
 
     def _way(self, call: Call, messages: list[BaseMessage]) -> Asks:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import ipaddress
 import math
 import os
 import ssl
@@ -24,11 +23,12 @@ import orjson
 from langchain_aegis import __version__
 from langchain_aegis.attempts import Attempt, Timeouts, attempts
 from langchain_aegis.deadlines import bounded
+from langchain_aegis.digests import Models
 from langchain_aegis.errors import AegisError, AegisRequestError, AegisServerError, AegisTimeoutError
 from langchain_aegis.loops import PerLoop
 from langchain_aegis.ndjson import MAX_TOTAL_BYTES, ChatParts, Parts, PullParts, parse_object
 from langchain_aegis.refusals import refusal, translated
-from langchain_aegis.settings import normalise_base_url
+from langchain_aegis.settings import is_loopback, normalise_base_url
 from langchain_aegis.telemetry import acounted, acounted_stream, counted, counted_stream
 
 _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=32, keepalive_expiry=15)
@@ -79,6 +79,7 @@ class OllamaClient:
         login, at, host = parts.netloc.rpartition("@")
         self.base_url = urlunsplit((parts.scheme, host, parts.path, "", ""))
         self.timeouts = timeouts or Timeouts()
+        self.models = Models()
         self._made_of = (base_url, headers, timeouts, sync_options, async_options)
         self._tls = parts.scheme == "https"
         user, _, password = login.partition(":")
@@ -90,7 +91,7 @@ class OllamaClient:
                 "content-type": "application/json",
                 **{name.lower(): value for name, value in (headers or {}).items()},
             },
-            "trust_env": not _is_loopback(parts.hostname or ""),  # loopback never goes through a proxy
+            "trust_env": not is_loopback(parts.hostname or ""),  # loopback never goes through a proxy
             "follow_redirects": False,
             "limits": _LIMITS,
         }
@@ -245,15 +246,17 @@ class OllamaClient:
         What was downloaded is kept by the server when this breaks off: the next pull goes on there.
         """
         bounds, body = timeouts or self.timeouts, {"model": model, "stream": True}
-        yield from self._stream_once("/api/pull", body, bounds, next(attempts(bounds, 0)), PullParts())
+        with self.models.changing():
+            yield from self._stream_once("/api/pull", body, bounds, next(attempts(bounds, 0)), PullParts())
 
     async def apull(self, model: str, *, timeouts: Timeouts | None = None) -> AsyncGenerator[dict[str, Any], None]:
         """Do what `pull` does, without blocking the event loop."""
         bounds, body = timeouts or self.timeouts, {"model": model, "stream": True}
         stream = self._astream_once("/api/pull", body, bounds, next(attempts(bounds, 0)), PullParts())
-        async with contextlib.aclosing(stream) as parts:
-            async for part in parts:
-                yield part
+        with self.models.changing():
+            async with contextlib.aclosing(stream) as parts:
+                async for part in parts:
+                    yield part
 
     # -- small calls --
 
@@ -448,13 +451,6 @@ def _remake(
     return OllamaClient(
         base_url, headers=headers, timeouts=timeouts, sync_options=sync_options, async_options=async_options
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
 
 
 def _encode(body: Mapping[str, Any]) -> bytes:

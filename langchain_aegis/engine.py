@@ -16,9 +16,10 @@ from langchain_aegis import entries
 from langchain_aegis.breaker import Unavailable
 from langchain_aegis.cache_options import never
 from langchain_aegis.counts import cost_of
+from langchain_aegis.digests import Asked, asked_for
 from langchain_aegis.flows import Flow
 from langchain_aegis.keys import Key, Who
-from langchain_aegis.lookup import LONG, Begun, Lookup, find, serve_exact
+from langchain_aegis.lookup import LONG, Begun, Lookup, find, same_model, serve_exact
 from langchain_aegis.notices import warn_once
 from langchain_aegis.reports import lookup_id
 from langchain_aegis.results import CacheStats
@@ -51,7 +52,8 @@ class Engine(Updates):
         told = self.caller()
         key: Key | str = told if isinstance(told, str) else (yield from self._located(prompt, llm_string, told))
         if isinstance(key, Key):
-            return self._told((yield from self.find(key)), prompt, llm_string, told)
+            found = yield from self.find(key, asked=asked_for(llm_string))
+            return self._told(found, prompt, llm_string, told)
         if key == "unnamed_model":
             warn_once(
                 "unnamed_model",
@@ -76,7 +78,7 @@ class Engine(Updates):
         if isinstance(key, str) or the_writer.pending(key.exact) is not None:
             return None
         request = self.store.request(key.exact, key.things, key.tenant, key.user)
-        begun = Begun(Lookup(key, began_ms=now_ms()), policy, request, told)
+        begun = Begun(Lookup(key, began_ms=now_ms(), asked=asked_for(llm_string)), policy, request, told)
         if self.expected.miss(key.exact) and key.length <= LONG:
             begun.meanwhile = key.resolve
         return begun
@@ -87,10 +89,10 @@ class Engine(Updates):
         if isinstance(replies, Unavailable) or (read := self.store.at_once(found.key.exact, *replies)) is None:
             return None
         record, epochs = read
-        if epochs.opted_out or not serve_exact(found, record, now_ms(), begun.policy):
+        if epochs.opted_out or (record.digest and not found.asked.look()) or not serve_exact(found, record, now_ms()):
             return None
         found.epochs, found.asked_s = epochs, begun.took_s
-        note_lookup(epochs.stamp())
+        self._note(found)
         if not self._heeded(found):
             found.record, found.tier, found.similarity = None, "miss", None
             return None
@@ -125,12 +127,14 @@ class Engine(Updates):
             return "bypass"
         return self.keyring.for_pipeline(question, told, pipeline=pipeline, version=version)
 
-    def find(self, key: Key, begun: Begun | None = None) -> Flow[Lookup]:
+    def find(self, key: Key, begun: Begun | None = None, *, asked: Asked | None = None) -> Flow[Lookup]:
         """Look `key` up; a refresh only sees to it that no earlier answer is kept."""
         serve = current().cache != "refresh"
         policy = self.policy() if begun is None else begun.policy
-        found = yield from find(self.store, key, policy, now_ms, self.keyring.profile_key, serve=serve, begun=begun)
-        note_lookup(found.epochs.stamp() if found.epochs is not None else "")
+        found = yield from find(
+            self.store, key, policy, now_ms, self.keyring.profile_key, serve=serve, begun=begun, asked=asked
+        )
+        self._note(found)
         yield from self.heed(found)
         if found.tier != "exact" and key.scope:
             self.scopes.saw(key.scope, key.fields)
@@ -170,10 +174,20 @@ class Engine(Updates):
         return (yield from self.instead(pending.found, entries.decode_answer))
 
     def _take_stale(self, found: Lookup) -> bool:
-        if found.stale is None or now_ms() >= found.stale.fresh_ms + self.options.stale_if_error_ms:
+        if (
+            found.stale is None
+            or not same_model(found, found.stale)
+            or now_ms() >= found.stale.fresh_ms + self.options.stale_if_error_ms
+        ):
             return False
         found.record, found.tier, found.similarity = found.stale, "exact", 1.0
         return True
+
+    @staticmethod
+    def _note(found: Lookup) -> None:
+        """Say what a call that joins another one's must have in common with it."""
+        stamp = found.epochs.stamp() if found.epochs is not None else ""
+        note_lookup(f"{stamp} {found.asked.digest}" if found.asked.digest else stamp)
 
     # -- parts ----------------------------------------------------------------------------------------------------
 

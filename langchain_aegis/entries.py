@@ -195,14 +195,6 @@ def calls_tools(generations: Sequence[Generation]) -> bool:
                for g in generations)  # fmt: skip
 
 
-def model_digest(generations: Sequence[Generation]) -> str:
-    """Return the digest of the model that made an answer, "" if it is not told."""
-    for generation in generations:
-        if isinstance(generation, ChatGeneration) and isinstance(generation.message, AIMessage):
-            return str(generation.message.response_metadata.get("model_digest") or "")
-    return ""
-
-
 def encode_answer(generations: Sequence[Generation]) -> bytes:
     """Write generations as JSON. Raises TypeError or ValueError if they hold what JSON cannot."""
     return dumps({"kind": "generations", "items": [_plain(g) for g in generations]}, sort=False)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from redis.exceptions import RedisError
 
 from langchain_aegis.breaker import Unavailable
+from langchain_aegis.digests import Asked, asked_for
 from langchain_aegis.engine import Engine
 from langchain_aegis.entries import Record
 from langchain_aegis.flows import Flow
@@ -26,7 +27,7 @@ def explain_call(engine: Engine, prompt: str, llm_string: str) -> Flow[Explanati
     """Explain a model's call, as LangChain describes it."""
     told = engine.caller()
     key = (yield from engine.located(prompt, llm_string, told)) if isinstance(told, Who) else told
-    return (yield from _explain(engine, key))
+    return (yield from _explain(engine, key, asked_for(llm_string)))
 
 
 def explain_pipeline(engine: Engine, question: str, pipeline: str, version: str) -> Flow[Explanation]:
@@ -65,11 +66,11 @@ def explain_question(engine: Engine, question: str) -> Flow[Explanation]:
     return _explanation(engine, "semantic" if passed else "miss", reasons, found, explained)
 
 
-def _explain(engine: Engine, key: Key | str) -> Flow[Explanation]:
+def _explain(engine: Engine, key: Key | str, asked: Asked | None = None) -> Flow[Explanation]:
     if not isinstance(key, Key):
         return _explanation(engine, "bypass", (key,), None, ())
     policy = engine.policy(judge_all=True, touch=False, lease_ms=0, revalidate_ms=0)
-    found = yield from find(engine.store, key, policy, now_ms, engine.keyring.profile_key)
+    found = yield from find(engine.store, key, policy, now_ms, engine.keyring.profile_key, asked=asked)
     yield from engine.heed(found)
     mine = [_explained(c, ()) for c in found.candidates]
     others: list[Explained] = []

@@ -7,12 +7,22 @@ and `arun` drive it; what goes wrong outside is thrown into the flow, which deci
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
 
 # The steps of a flow are of several kinds and their answers differ, so both are Any: keep flows short.
 Flow: TypeAlias = Generator[Any, Any, T]
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Step: wait until what somebody else does is over, but not for longer than some seconds."""
+
+    done: Future[None]
+    seconds: float
 
 
 def run(flow: Flow[T], perform: Callable[[Any], Any]) -> T:

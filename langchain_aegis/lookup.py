@@ -8,15 +8,15 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
 from langchain_aegis.breaker import Unavailable
+from langchain_aegis.digests import Asked
 from langchain_aegis.embedder import embedder_id
 from langchain_aegis.entries import Record
-from langchain_aegis.flows import Flow
+from langchain_aegis.flows import Flow, Settle
 from langchain_aegis.keys import Key
 from langchain_aegis.store import Epochs, Near, Store
 from langchain_aegis.vectors import pack
@@ -59,14 +59,6 @@ class Aside:
 
 
 @dataclass(frozen=True, slots=True)
-class Settle:
-    """Wait until a write that is under way is over, but not for longer than some seconds."""
-
-    done: Future[None]
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
 class Wait:
     """Let some time pass."""
 
@@ -83,7 +75,6 @@ class Policy:
         k: How many candidates are asked for.
         guards_off: Guards that are switched off.
         budget_s: Time for all that is asked of Redis.
-        model_digest: The model's digest if it is known, else "".
         grey: Returns, for the lowest cosine that is served, the cosines between which the verifier must agree; None
             if there is no verifier.
         touch: Whether the time of a hit is noted, for the bound of entries per tenant.
@@ -100,7 +91,6 @@ class Policy:
     k: int
     guards_off: frozenset[str]
     budget_s: float
-    model_digest: str = ""
     grey: Callable[[float], tuple[float, float]] | None = None
     touch: bool = False
     revalidate_ms: int = 0
@@ -150,6 +140,7 @@ class Lookup:
         shadowed: An answer that would have been served, and is compared with the model's instead.
         fence: Number of the lease under which this process generates alone, or 0.
         lookup_id: Names this hit, for `cache.report_wrong`; "" for a miss.
+        asked: The models that are asked.
         began_ms: When the lookup began, in unix milliseconds: no answer is younger than what was known then.
         started: The same by `time.perf_counter`.
         asked_s: How long the exact read took.
@@ -171,6 +162,7 @@ class Lookup:
     shadowed: Record | None = None
     fence: int = 0
     lookup_id: str = ""
+    asked: Asked = field(default_factory=Asked)
     began_ms: int = 0
     started: float = field(default_factory=time.perf_counter)
     asked_s: float = 0.0
@@ -216,7 +208,7 @@ class Begun:
 
 def find(
     store: Store, key: Key, policy: Policy, now_ms: Callable[[], int], profile_key: bytes, *, serve: bool = True,
-    begun: Begun | None = None,
+    begun: Begun | None = None, asked: Asked | None = None,
 ) -> Flow[Lookup]:  # fmt: skip
     """Decide which stored answer, if any, serves `key`.
 
@@ -228,8 +220,9 @@ def find(
         profile_key: Keys the words in the guards' profiles.
         serve: False: serve nothing, and see to it that no answer whose making has begun already is kept.
         begun: Redis was asked for an exact repeat already.
+        asked: The models that are asked, if anything is known of them.
     """
-    found = Lookup(key, began_ms=now_ms()) if begun is None else begun.found
+    found = Lookup(key, began_ms=now_ms(), asked=asked or Asked()) if begun is None else begun.found
     try:
         if not serve:
             found.epochs = yield from store.refresh(key.exact, key.things)
@@ -296,9 +289,11 @@ def _exact(found: Lookup, store: Store, policy: Policy, now_ms: int, begun: Begu
         first=None if begun is None else begun.replies,
     )  # fmt: skip
     found.asked_s = time.perf_counter() - asked if begun is None else begun.took_s
+    if record is not None and record.digest:
+        yield from found.asked.ascertain()
     if found.epochs is not None and found.epochs.opted_out:
         found.epochs, found.reasons = None, ("opted_out",)  # nothing is kept of this user
-    elif record is None or serve_exact(found, record, now_ms, policy) or not _current(record, now_ms, policy):
+    elif record is None or serve_exact(found, record, now_ms) or not _current(found, record, now_ms):
         return
     else:
         found.stale = record
@@ -310,9 +305,9 @@ def _exact(found: Lookup, store: Store, policy: Policy, now_ms: int, begun: Begu
                 found.record, found.tier, found.similarity = record, "exact", 1.0
 
 
-def serve_exact(found: Lookup, record: Record, now_ms: int, policy: Policy) -> bool:
+def serve_exact(found: Lookup, record: Record, now_ms: int) -> bool:
     """Serve a living record of an exact repeat if it is neither too old nor another model's; return whether it was."""
-    if not _current(record, now_ms, policy) or not _fresh(record, now_ms):
+    if not _current(found, record, now_ms) or not _fresh(record, now_ms):
         return False
     found.record, found.tier, found.similarity = record, "exact", 1.0
     return True
@@ -336,6 +331,8 @@ def _by_meaning(found: Lookup, store: Store, policy: Policy, now_ms: int, profil
         if policy.repeats != "serve" and any(_served_before(note, now_ms) for note in nearest.notes.values()):
             found.reasons = ("asked_again",)
             return
+        if any(near.record.digest for near in nearest.near):
+            yield from found.asked.ascertain()
         yield from judge(found, nearest.near, nearest.notes, store, policy, now_ms)
         if found.record is None and nearest.far:
             found.candidates += tuple(Candidate(name, cosine, ("below_threshold",)) for name, cosine in nearest.far)
@@ -370,10 +367,10 @@ def _alone(found: Lookup, store: Store, policy: Policy, now_ms: Callable[[], int
     while True:
         fence = yield from store.lease(key.exact, policy.lease_ms)
         if waited:  # what was learnt before the wait may be outdated, and the other's answer may be there
-            began_ms = now_ms()
-            record, epochs = yield from store.read(key.exact, key.things, tenant=key.tenant, user=key.user)
-            found.epochs, found.began_ms = epochs, began_ms
-            if record is not None and _current(record, began_ms, policy) and _fresh(record, began_ms):
+            found.began_ms = began_ms = now_ms()
+            record, found.epochs = yield from store.read(key.exact, key.things, tenant=key.tenant, user=key.user)
+            yield from found.asked.ascertain()
+            if record is not None and _current(found, record, began_ms) and _fresh(record, began_ms):
                 found.record, found.tier, found.similarity, found.reasons = record, "exact", 1.0, ()
                 if fence:
                     yield from store.release(key.exact, fence)
@@ -443,7 +440,9 @@ def _objections(near: Near, found: Lookup, now_ms: int, policy: Policy, lowest: 
     # Written so that a similarity that is no number is refused.
     if not near.similarity >= lowest:
         return ("below_threshold",)
-    if not _current(near.record, now_ms, policy):
+    if not same_model(found, near.record):
+        return ("model_changed",)
+    if not _current(found, near.record, now_ms):
         return ("expired",)
     if not _fresh(near.record, now_ms):
         return ("stale",)
@@ -490,7 +489,12 @@ def _fresh(record: Record, now_ms: int) -> bool:
     return not record.fresh_ms or now_ms < record.fresh_ms
 
 
-def _current(record: Record, now_ms: int, policy: Policy) -> bool:
+def _current(found: Lookup, record: Record, now_ms: int) -> bool:
     if not record.created_ms - 60_000 <= now_ms < record.expires_ms:
         return False
-    return not (record.digest and policy.model_digest and record.digest != policy.model_digest)
+    return same_model(found, record)
+
+
+def same_model(found: Lookup, record: Record) -> bool:
+    """Return whether a record's answer is of the model that is asked; where nobody has said, it is taken for that."""
+    return not record.digest or not found.asked.digest or record.digest == found.asked.digest

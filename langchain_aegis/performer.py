@@ -16,11 +16,12 @@ from redis.exceptions import RedisError
 
 from langchain_aegis.breaker import Unavailable
 from langchain_aegis.connections import Connections
+from langchain_aegis.digests import AskServer
 from langchain_aegis.engine import Engine
 from langchain_aegis.errors import AegisConfigError, AegisConnectionError
-from langchain_aegis.flows import Flow, arun, run
+from langchain_aegis.flows import Flow, Settle, arun, run
 from langchain_aegis.forks import reset_after_fork
-from langchain_aegis.lookup import Aside, Begun, Embed, Settle, Verify, Wait, Work
+from langchain_aegis.lookup import Aside, Begun, Embed, Verify, Wait, Work
 from langchain_aegis.notices import logger, warn_once
 from langchain_aegis.store import Commands
 from langchain_aegis.sweeper import the_sweeper
@@ -63,6 +64,8 @@ class Performer:
             with contextlib.suppress(FutureTimeoutError):
                 step.done.result(step.seconds)
             return None
+        if isinstance(step, AskServer):
+            return step.perform()
         assert isinstance(step, Wait)  # noqa: S101  # there is no other
         return time.sleep(step.seconds)
 
@@ -82,7 +85,9 @@ class Performer:
         if isinstance(step, Settle):
             done = asyncio.wrap_future(step.done)
             await asyncio.wait([done], timeout=step.seconds)
-            return done.cancel() and None  # the write goes on
+            return done.cancel() and None  # what is waited for goes on
+        if isinstance(step, AskServer):
+            return await step.aperform()
         assert isinstance(step, Wait)  # noqa: S101  # there is no other
         return await asyncio.sleep(step.seconds)
 

@@ -116,7 +116,12 @@ _TEXTS: dict[Stage, dict[str, tuple[str, str]]] = {
             "The nearest question is less similar than `min_similarity`.",
             "Nothing, or `aegis cache calibrate` and another `mode`.",
         ),
-        "expired": ("The entry is older than its TTL, or is of another version of the model.", "Raise `ttl_s`."),
+        "expired": ("The entry is older than its TTL.", "Raise `ttl_s`."),
+        "model_changed": (
+            "The entry is of another version of the model than the server has under this name now, or the model was "
+            "changed while it answered.",
+            "Nothing: new answers take the place of the old ones.",
+        ),
         "stale": (
             "The near entry is past its TTL; stale answers are served on exact repeats only.",
             "Raise `ttl_s`.",

@@ -15,6 +15,7 @@ from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
 from pydantic import PrivateAttr
 
 from langchain_aegis.bulk import awork_through
+from langchain_aegis.digests import Servers, note_asked, noted
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.fleet import Fallback, Fleet
 from langchain_aegis.recached import Recached
@@ -180,8 +181,15 @@ class AegisRouter(Routes, BaseChatModel):  # type: ignore[misc]  # LangChain ove
         return {"models": [m._identifying_params for m in (first, *others)]} if others else first._identifying_params
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        strings = [model._get_llm_string(stop=stop, **kwargs) for model in self._candidates()]
-        return strings[0] if len(strings) == 1 else "aegis-router/1 " + orjson.dumps(strings).decode()
+        strings, asked = list[str](), list[tuple[str, Servers]]()
+        for model in self._candidates():
+            strings.append(text := model._get_llm_string(stop=stop, **kwargs))
+            asked += noted(text)
+        if len(strings) == 1:
+            return strings[0]
+        text = "aegis-router/1 " + orjson.dumps(strings).decode()
+        note_asked(text, *asked)
+        return text
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         return self._candidates()[0]._get_ls_params(stop=stop, **kwargs)

@@ -144,6 +144,14 @@ def redact_url(url: str) -> str:
     return f"{scheme}{'***@' if at else ''}{rest.partition('?')[0]}"
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether a host is this machine."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
 def is_looked_up(host: Any) -> bool:
     """Return whether the system must look a host's name up, which may take seconds and knows no timeout."""
     if not isinstance(host, str) or host == "localhost":

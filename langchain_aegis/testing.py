@@ -247,6 +247,11 @@ class ScriptedOllama:
         """End `hold`: waiting requests run in the order in which they came."""
         self._loop_thread().call(self._engine.slots.release)
 
+    def put(self, model: str | ScriptedModel) -> None:
+        """Have the server list a model, in place of the one that had its name: as after `ollama pull`."""
+        (added,) = _models([model])
+        self._engine.add(added)
+
     def advance(self, seconds: float) -> None:
         """Let time go on by `seconds` for what is loaded: models whose `keep_alive` is over are unloaded."""
         self._later_ns += int(seconds * 1e9)

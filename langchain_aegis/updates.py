@@ -22,14 +22,15 @@ from langchain_aegis.breaker import Unavailable
 from langchain_aegis.cache_options import Options, never
 from langchain_aegis.calibration import Calibration, thresholds
 from langchain_aegis.counts import Counts
+from langchain_aegis.digests import began_s
 from langchain_aegis.embedder import Embedder
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.expected import Expected
-from langchain_aegis.flows import Flow
+from langchain_aegis.flows import Flow, Settle
 from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.home import load_secret
 from langchain_aegis.keys import Declined, Key, Keyring, Who, written_fields
-from langchain_aegis.lookup import LONG, Lookup, Policy, Settle, Work, embed, resolved, take_vector
+from langchain_aegis.lookup import LONG, Lookup, Policy, Work, embed, resolved, take_vector
 from langchain_aegis.notices import warn_once
 from langchain_aegis.questions import exact_only_reason, find_question
 from langchain_aegis.results import was_cached
@@ -46,6 +47,7 @@ T = TypeVar("T")
 
 
 _LONG_UNREAD = 30_000  # characters of a prompt of which a digest is made in a thread: beyond, it takes milliseconds
+_HOUR_S = 3_600  # clocks of servers differ by less
 _LONGEST_S = 10 * 365 * 86_400  # beyond, Redis could not count
 
 
@@ -74,9 +76,9 @@ class _Made:
 
     answer: bytes
     by_meaning: bool = field(kw_only=True)
-    digest: str = field(kw_only=True)
     negative: bool = field(kw_only=True)
     unasked: bool = False  # it was not looked up
+    began_s: float = 0.0  # when its making began, by its server's clock; 0.0 if it does not say
     at_ms: int = 0
     ttl_s: float | None = None
     sources: frozenset[str] = frozenset()
@@ -201,8 +203,8 @@ class Updates:
             return (yield from self.give_up(found, "not_json"))
         negative = self.options.negative(generations[0].text)
         by_meaning = len(generations) == 1 and not entries.calls_tools(generations) and not negative
-        digest = entries.model_digest(generations)
-        made = _Made(answer, by_meaning=by_meaning, digest=digest, negative=negative, unasked=pending is None)
+        made = _Made(answer, by_meaning=by_meaning, negative=negative, unasked=pending is None,
+                     began_s=began_s(generations))  # fmt: skip
         yield from self._store(found, made)
 
     def store_value(self, found: Lookup, value: Any, *, negative: bool = False) -> Flow[None]:
@@ -224,7 +226,7 @@ class Updates:
         if not negative and isinstance(value, str):
             negative = self.options.negative(value)
         by_meaning = not negative and not any(m.tool_calls for m in messages)
-        yield from self._store(found, _Made(answer, by_meaning=by_meaning, digest="", negative=negative))
+        yield from self._store(found, _Made(answer, by_meaning=by_meaning, negative=negative))
 
     def give_up(self, found: Lookup | None, reason: str) -> Flow[None]:
         """Note that an answer is not kept; whoever waits for it need not any longer."""
@@ -348,6 +350,8 @@ class Updates:
             return self.counts.not_stored(found.reasons[0] if found.reasons else "redis_down")
         if made.unasked and (reason := (yield from self._learn(found))):
             return self.counts.not_stored(reason)
+        if not (yield from found.asked.answered(made.began_s or found.began_ms / 1000 - _HOUR_S)):
+            return (yield from self.give_up(found, "model_changed"))
         if not found.vector and found.late is not None and found.late.done() and not found.late.cancelled():
             take_vector(found, None if found.late.exception() else pack(found.late.result()), self.policy(),
                         self.keyring.profile_key)  # fmt: skip
@@ -416,7 +420,7 @@ class Updates:
         stale_ms = 0 if negative else min(max(o.stale_while_revalidate_ms, o.stale_if_error_ms), _LONGEST_S * 1000)
         record = entries.Record(
             key=key.exact, scope=key.scope if by_meaning else "", emb=found.embedder if by_meaning else "",
-            fields=written_fields(key.fields()), digest=made.digest,
+            fields=written_fields(key.fields()), digest=found.asked.digest,
             created_ms=created_ms, fresh_ms=fresh_ms if stale_ms else 0, expires_ms=fresh_ms + stale_ms,
             epochs=epochs.stamp(), answer=made.answer, negative=negative,
             profile=found.profile.encode() if by_meaning and found.profile is not None else b"",

@@ -18,6 +18,8 @@ from caches import Driver, Words
 
 import langchain_aegis.embedded  # noqa: F401 - sets the environment of OpenMP and onnxruntime before they are loaded
 from langchain_aegis import AegisSemanticCache, servers
+from langchain_aegis.client import _living
+from langchain_aegis.digests import Models
 from langchain_aegis.embedded.redis import EmbeddedRedis, package_path
 from langchain_aegis.reloads import reloads
 from langchain_aegis.testing import ScriptedOllama
@@ -91,6 +93,13 @@ def _no_bound_is_remembered(monkeypatch):
     In a process that is right: the smallest bound that anybody asked for a server wins.
     """
     monkeypatch.setattr(servers._registry, "servers", {})
+
+
+@pytest.fixture(autouse=True)
+def _no_model_is_remembered():
+    """Nor is the server that an earlier test asked there."""
+    for client in list(_living):
+        client.models = Models()
 
 
 @pytest.fixture(autouse=True)

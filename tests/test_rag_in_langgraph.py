@@ -1,5 +1,6 @@
 """The example's RAG graph with ChatAegis and the cache: hits that look like answers, and never somebody else's."""
 
+import asyncio
 import importlib.util
 import logging
 import uuid
@@ -21,6 +22,7 @@ from langchain_aegis.identity import EXECUTION_OPTIONS
 from langchain_aegis.notices import forget_warnings
 from langchain_aegis.options import MODEL_OPTIONS
 from langchain_aegis.testing import ScriptedModel, ScriptedOllama
+from langchain_aegis.writes import the_writer
 
 _spec = importlib.util.spec_from_file_location("rag_graph", Path(__file__).parents[1] / "examples" / "rag_graph.py")
 rag_graph = importlib.util.module_from_spec(_spec)
@@ -307,6 +309,7 @@ async def test_the_tag_latest_is_the_same_model_and_another_server_may_have_it(c
         with ScriptedOllama("small") as server:
             graph = rag_graph.build_graph(ChatAegis(name, base_url=server.base_url, temperature=0), retrieve)
             answers.append(await ask(graph, SATURDAY))
+            await asyncio.to_thread(the_writer.drain)  # which asks the server what it has
     assert was_cached(answers[1])["tier"] == "exact"
 
 

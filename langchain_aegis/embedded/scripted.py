@@ -7,7 +7,7 @@ import itertools
 import json
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from langchain_aegis.embedded import scripted_answers as script
@@ -42,6 +42,7 @@ class ScriptedModel:
         context_length: Tokens; a longer window is not given, whatever `num_ctx` says.
         dimensions: Of its vectors.
         file_bytes: Size of its weights; None: that of a small one.
+        digest: What names this version of it, 64 hex digits; "": derived from the name.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ScriptedModel:
     thinking: bool = False
     context_length: int = 32_768
     dimensions: int = 384
+    digest: str = ""
 
     @classmethod
     def named(cls, name: str) -> ScriptedModel:
@@ -64,12 +66,12 @@ class ScriptedModel:
             return ModelCard(
                 name=name, capabilities=("embedding",), context_length=min(self.context_length, 8192), family="bert",
                 embedding_length=self.dimensions, parameter_size="22.57M", quantization="F16",
-                file_bytes=self.file_bytes or 45_960_996,
+                file_bytes=self.file_bytes or 45_960_996, digest=self.digest,
             )  # fmt: skip
         able = ("completion", *(["tools"] if self.tools else []), *(["thinking"] if self.thinking else []))
         return ModelCard(
             name=name, capabilities=able, context_length=self.context_length, embedding_length=self.dimensions,
-            file_bytes=self.file_bytes or 98_000_000,
+            file_bytes=self.file_bytes or 98_000_000, digest=self.digest,
         )  # fmt: skip
 
 
@@ -163,10 +165,10 @@ class ScriptedEngine:
         return self._cards
 
     def add(self, model: ScriptedModel) -> None:
-        """List one more model."""
-        card = model.card()
+        """List one more model, or another version of one."""
+        card = replace(model.card(), modified_ns=time.time_ns())
         self._models[card.name] = model
-        self._cards = (*self._cards, card)
+        self._cards = (*(each for each in self._cards if each.name != card.name), card)
 
     def window(self, card: ModelCard, num_ctx: int | None) -> int:
         """Return `num_ctx`, or the default, within what the model can."""

@@ -10,6 +10,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+_TURNS = 5  # of the loop: one that was accepted just now becomes a connection only in the second
 _IDLE_S = 300  # an idle connection of a client's pool: longer than any pool keeps it
 
 
@@ -33,10 +34,11 @@ class Listener:
     async def aclose(self) -> None:
         """Stop: close the socket and every connection, and wait until their requests are over."""
         self._server.close()
-        for connection in list(self._state.connections):
-            # A running request sees its client leave, and cleans up behind itself.
-            transport = connection.transport
-            transport.abort()
+        for _ in range(_TURNS):
+            for connection in list(self._state.connections):
+                # A running request sees its client leave, and cleans up behind itself.
+                connection.transport.abort()
+            await asyncio.sleep(0)
         tasks = list(self._state.tasks)
         if tasks:
             await asyncio.wait(tasks, timeout=5)

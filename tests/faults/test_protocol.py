@@ -163,14 +163,14 @@ FAULTS = {
 
 @pytest.fixture
 def lying():
-    server = LyingServer()
+    server = LyingServer(tags_aside=True)
     yield server
     server.close()
 
 
 @pytest.fixture
 def healthy():
-    server = LyingServer()
+    server = LyingServer(tags_aside=True)
     server.script = answer()
     yield server
     server.close()
