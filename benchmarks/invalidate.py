@@ -21,6 +21,7 @@ from langchain_aegis.connections import Connections
 from langchain_aegis.embedded import EmbeddedRedis
 from langchain_aegis.entries import Record
 from langchain_aegis.flows import arun, run
+from langchain_aegis.seals import Seal
 from langchain_aegis.store import Invalidation, Store
 from langchain_aegis.sweeper import the_sweeper
 
@@ -30,7 +31,7 @@ KINDS = {"source": 0, "tenant": 1}  # last digit of the entries that are invalid
 
 
 def store():
-    return Store("bench", b"m" * 32, "f00")
+    return Store("bench", Seal([b"m" * 32]), "f00")
 
 
 def name(i):

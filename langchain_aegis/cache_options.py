@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 from langchain_core.embeddings import Embeddings
 
+from langchain_aegis import ciphers
 from langchain_aegis.agreement import answers_agree
 from langchain_aegis.chunks import ChunkRule, Chunks
 from langchain_aegis.errors import AegisConfigError
@@ -185,7 +186,10 @@ def checked_settings(settings: AegisSettings | None, **changes: Any) -> AegisSet
             _check_number(name, value, whole=True)
         elif value is not None:
             _check_number(name, value, above=0)
-    return (settings if settings is not None else AegisSettings.from_env()).but(**changes)
+    checked = (settings if settings is not None else AegisSettings.from_env()).but(**changes)
+    if checked.encrypt:
+        ciphers.require()  # not only when the first answer is to be stored
+    return checked
 
 
 def _check_number(

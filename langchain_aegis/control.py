@@ -326,7 +326,8 @@ class Control(Performer):
         told: Any = message_or_lookup_id
         if isinstance(told, BaseMessage):
             told = (was_cached(told) or {}).get("lookup_id")
-        keys = read_lookup_id(self._engine.keyring.mac_key, told) if isinstance(told, str) else None
+        known = self._engine.keyring.seal.mac_keys
+        keys = next(filter(None, (read_lookup_id(mac_key, told) for mac_key in known)), None)
         if keys is None:
             raise AegisConfigError(
                 "report_wrong takes a message that was_cached(), or the lookup_id in its marks; this is none of a "

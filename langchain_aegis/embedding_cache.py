@@ -24,18 +24,20 @@ from redis.exceptions import RedisError
 
 from langchain_aegis.breaker import Unavailable
 from langchain_aegis.cache_options import checked_settings
+from langchain_aegis.ciphers import Cipher
 from langchain_aegis.connections import Connections
 from langchain_aegis.embedding_requests import unpack
 from langchain_aegis.errors import AegisConfigError, AegisConnectionError
 from langchain_aegis.flows import Flow, arun, run
 from langchain_aegis.forks import reset_after_fork
-from langchain_aegis.home import load_secret
-from langchain_aegis.keys import derive
+from langchain_aegis.home import load_secret, record_secrets
 from langchain_aegis.namespace import Commands
 from langchain_aegis.notices import warn_once
+from langchain_aegis.seals import derive
 from langchain_aegis.settings import AegisSettings
 
-_VERSION: Final = b"\x01"
+_PLAIN: Final = b"\x01"
+_ENCRYPTED: Final = b"\x02"
 _MAC: Final = 16
 _ASKED_AT_ONCE: Final = 64  # values; of 1,024 dimensions they are a quarter of a megabyte
 _REMOVED_AT_ONCE: Final = 500
@@ -104,12 +106,17 @@ class AegisEmbeddingCache:
         self._prefix = f"{settings.namespace}:{{p00}}:emb:"
         self._connections: Connections | None = None
         secret = os.urandom(32)  # names within this process need no secret that others have
+        signing: tuple[bytes, ...] = ()
         if redis_url is not None or redis is not None:
             self._connections = Connections(
                 settings.redis_url, client=redis, budget_s=settings.op_budget_s, kwargs=redis_kwargs
             )
             secret = load_secret(settings)
-        self._names_key, self._mac_key = derive(secret, "embedding names"), derive(secret, "embedding mac")
+            signing = record_secrets(settings, secret)
+        self._names_key = derive(secret, "embedding names")
+        self._mac_keys = [derive(one, "embedding mac") for one in signing]  # the first signs
+        self._ciphers = [Cipher(one, "embedding") for one in signing] if settings.encrypt else []
+        self._version = _ENCRYPTED if self._ciphers else _PLAIN
         self._entries: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()  # name -> vector, end of its time
         self._counts = dict.fromkeys(("memory_hits", "redis_hits", "misses", "rejected"), 0)
         self.reset()
@@ -283,21 +290,25 @@ class AegisEmbeddingCache:
     def _digest(self, data: bytes, size: int) -> bytes:
         return hashlib.blake2b(data, key=self._names_key, digest_size=size, person=b"aegis-embed-v1").digest()
 
-    def _sign(self, name: bytes, packed: bytes) -> bytes:
-        signed = self._in_redis(name).encode() + packed  # the name's length is fixed
-        return hashlib.blake2b(signed, key=self._mac_key, digest_size=_MAC, person=b"aegis-vector-v1").digest()
+    def _sign(self, name: bytes, body: bytes, mac_key: bytes) -> bytes:
+        signed = self._in_redis(name).encode() + body  # the name's length is fixed
+        return hashlib.blake2b(signed, key=mac_key, digest_size=_MAC, person=b"aegis-vector-v1").digest()
 
     def _seal(self, name: bytes, packed: bytes) -> bytes:
-        return _VERSION + self._sign(name, packed) + packed
+        body = self._ciphers[0].seal(packed, self._in_redis(name).encode()) if self._ciphers else packed
+        return self._version + self._sign(name, body, self._mac_keys[0]) + body
 
     def _unseal(self, name: bytes, value: object, dimensions: int | None) -> bytes | None:
         """Return a value's vector; None if it is not one that we have put under this name."""
-        if not isinstance(value, bytes) or value[:1] != _VERSION:
+        if not isinstance(value, bytes) or value[:1] != self._version:
             return None
-        mac, packed = value[1 : 1 + _MAC], value[1 + _MAC :]
-        if not packed or len(packed) % 4 or (dimensions is not None and len(packed) != 4 * dimensions):
-            return None
-        return packed if hmac.compare_digest(mac, self._sign(name, packed)) else None
+        mac, body = value[1 : 1 + _MAC], value[1 + _MAC :]
+        for at, mac_key in enumerate(self._mac_keys):
+            if hmac.compare_digest(mac, self._sign(name, body, mac_key)):
+                packed = self._ciphers[at].open(body, self._in_redis(name).encode()) if self._ciphers else body
+                right = packed and not len(packed) % 4 and dimensions in (None, len(packed) // 4)
+                return packed if right else None
+        return None
 
     def _remember(self, name: bytes, packed: bytes) -> None:
         with self._lock:

@@ -205,7 +205,7 @@ class Engine(Updates):
             found.tier, found.similarity, found.reasons = "miss", None, ("shadow",)
         if found.record is not None:
             record = found.record
-            found.lookup_id = lookup_id(self.keyring.mac_key, found.key.exact, record.key)
+            found.lookup_id = lookup_id(self.keyring.seal.mac_keys[0], found.key.exact, record.key)
             marks = {
                 "tier": found.tier,
                 "similarity": round(found.similarity or 0.0, 4),

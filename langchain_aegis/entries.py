@@ -3,16 +3,17 @@
 Record v1 is a flat hash. Its MAC covers every field, the vector and the guards' profile too, so that nobody who can
 write to Redis can forge an answer or point a true one at another question. Values are plain JSON of our own shape:
 nothing in a record can name a class.
+
+Record v2 is the same encrypted: all that Redis need not read is one ciphertext in place of the answer, which opens
+beside the very fields that it was stored with and no others. The MAC covers that hash as it covers the other one.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, Final, Literal, TypeVar
 
 from langchain_core.documents import Document
@@ -23,10 +24,10 @@ from pydantic import BaseModel
 from langchain_aegis.cut_answers import rests_on_a_part
 from langchain_aegis.messages import dumps, loads
 from langchain_aegis.nonces import nonces
+from langchain_aegis.seals import Seal
 
 M = TypeVar("M", bound=BaseModel)
 
-VERSION: Final = b"1"
 # Of a stored record; the last signs the others.
 FIELDS: Final = (
     "v", "key", "scope", "fields", "emb", "digest", "created_ms", "fresh_ms", "expires_ms", "epochs", "answer",
@@ -34,6 +35,11 @@ FIELDS: Final = (
 )  # fmt: skip
 _LENGTHS: Final = struct.Struct(f">{len(FIELDS) - 1}Q")
 _NAMES: Final = tuple(name.encode() for name in FIELDS)
+# What Redis searches, counts, expires, invalidates and removes by; all else can be encrypted.
+CLEAR: Final = frozenset({"v", "key", "scope", "emb", "created_ms", "expires_ms", "epochs", "vec", "sets"})
+_HIDDEN: Final = tuple(at for at, name in enumerate(FIELDS[:-1]) if name not in CLEAR)  # places in FIELDS
+_HIDDEN_LENGTHS: Final = struct.Struct(f">{len(_HIDDEN)}Q")
+_ANSWER: Final = FIELDS.index("answer")
 
 # How a model says why it stopped; only the first line's values mean that the answer is complete.
 _COMPLETE = frozenset({"stop", "end_turn", "stop_sequence", "STOP", "eos", "eos_token"})
@@ -88,9 +94,9 @@ class Record:
     task: str = ""
     question: str = ""
 
-    def sealed(self, mac_key: bytes) -> dict[str, bytes]:
+    def sealed(self, seal: Seal) -> dict[str, bytes]:
         """Return the record as Redis fields, signed; a field that is empty is left out, which saves Redis its name."""
-        values: dict[str, bytes] = {"v": VERSION}
+        values: dict[str, bytes] = {"v": seal.version}
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, tuple):
@@ -98,16 +104,19 @@ class Record:
             elif isinstance(value, bool):
                 value = "1" if value else ""
             values[f.name] = value if isinstance(value, bytes) else str(value or "").encode("utf-8", "surrogatepass")
-        values["mac"] = _mac(mac_key, [values[name] for name in FIELDS[:-1]])
-        return {name: value for name, value in values.items() if value}
+        ordered = [values[name] for name in FIELDS[:-1]]
+        if seal.encrypts:
+            ordered = _hidden(ordered, seal)
+        told = zip(FIELDS, [*ordered, seal.sign(_joined(ordered))], strict=True)
+        return {name: value for name, value in told if value}
 
 
-def unseal(stored: Mapping[bytes, bytes], mac_key: bytes) -> Record | None:
+def unseal(stored: Mapping[bytes, bytes], seal: Seal) -> Record | None:
     """Return the record in `stored`, or None if it is damaged, forged, or of another version.
 
     Unknown fields are ignored; they are not signed and not read.
     """
-    return unseal_values(in_order(stored), mac_key)
+    return unseal_values(in_order(stored), seal)
 
 
 def in_order(stored: Mapping[bytes, bytes]) -> Sequence[Any]:
@@ -115,12 +124,17 @@ def in_order(stored: Mapping[bytes, bytes]) -> Sequence[Any]:
     return [stored.get(name) for name in _NAMES]
 
 
-def unseal_values(stored: Sequence[Any], mac_key: bytes) -> Record | None:
+def unseal_values(stored: Sequence[Any], seal: Seal) -> Record | None:
     """Do what `unseal` does, with the values of `FIELDS` in this order; None where there is none."""
     try:
         *values, mac = [value or b"" for value in stored]
-        if values[0] != VERSION or not hmac.compare_digest(mac, _mac(mac_key, values)):
+        if values[0] != seal.version:
+            seal.other(values[0])
             return None
+        if not seal.holds(mac, b"".join((_LENGTHS.pack(*map(len, values)), *values))):  # `_joined`, on the way of hits
+            return None
+        if seal.encrypts:
+            values = _shown(values, mac, seal)
         (_, key, scope, told, emb, digest, created_ms, fresh_ms, expires_ms, epochs, answer, negative, profile, vec,
          src, sets, task, question) = values  # fmt: skip
         return Record(
@@ -130,22 +144,35 @@ def unseal_values(stored: Sequence[Any], mac_key: bytes) -> Record | None:
             src=tuple(src.decode().split(",")) if src else (), sets=tuple(sets.decode().split(",")) if sets else (),
             task=task.decode("utf-8", "surrogatepass"), question=question.decode("utf-8", "surrogatepass"),
         )  # fmt: skip
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, struct.error):
         return None
 
 
-def _mac(mac_key: bytes, values: Sequence[bytes]) -> bytes:
-    """Sign the values of a record in the order of `FIELDS`: all lengths, then all values."""
-    digest = _keyed(mac_key).copy()
-    digest.update(b"".join((_LENGTHS.pack(*map(len, values)), *values)))
-    signature: bytes = digest.digest()
-    return signature
+def _joined(values: Sequence[bytes]) -> bytes:
+    """Return the values of a record, in the order of `FIELDS`, as what is signed: all lengths, then all values."""
+    return b"".join((_LENGTHS.pack(*map(len, values)), *values))
 
 
-@lru_cache(maxsize=8)
-def _keyed(mac_key: bytes) -> Any:
-    """Return the digest that has taken in the key, which costs as much as a quarter of a record."""
-    return hashlib.blake2b(key=mac_key, digest_size=16, person=b"aegis-record-v1")
+def _hidden(values: Sequence[bytes], seal: Seal) -> list[bytes]:
+    """Return a record's values with those that Redis need not read as one ciphertext in place of the answer."""
+    secret = [values[at] for at in _HIDDEN]
+    clear = [value if at not in _HIDDEN else b"" for at, value in enumerate(values)]
+    about = _joined(clear)  # the exact key first of all: moved to another record, it does not open
+    clear[_ANSWER] = seal.hide(b"".join((_HIDDEN_LENGTHS.pack(*map(len, secret)), *secret)), about)
+    return clear
+
+
+def _shown(values: list[bytes], signature: bytes, seal: Seal) -> list[bytes]:
+    """Return what `_hidden` was given. Raises ValueError if it was given something else."""
+    shown = [*values[:_ANSWER], b"", *values[_ANSWER + 1 :]]
+    data = seal.show(values[_ANSWER], _joined(shown), signature)
+    if data is None:
+        raise ValueError("not encrypted for this record")
+    place = _HIDDEN_LENGTHS.size
+    for at, length in zip(_HIDDEN, _HIDDEN_LENGTHS.unpack_from(data), strict=True):
+        shown[at] = data[place : place + length]
+        place += length
+    return shown
 
 
 def refusal(generations: Sequence[Generation]) -> str | None:

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from langchain_aegis.errors import AegisConfigError
-from langchain_aegis.settings import AegisSettings
+from langchain_aegis.settings import THE_SECRET, AegisSettings
 
 
 def aegis_home(settings: AegisSettings | None = None) -> Path:
@@ -71,6 +71,16 @@ def load_secret(settings: AegisSettings) -> bytes:
         return _checked(path, path.read_bytes())
     except OSError as exc:
         raise AegisConfigError(f"the secret {path} cannot be kept ({exc}); set AEGIS_SECRET_KEY or AEGIS_HOME") from exc
+
+
+def record_secrets(settings: AegisSettings, secret: bytes) -> tuple[bytes, ...]:
+    """Return the secrets of records, the first of which signs new ones: `AEGIS_RECORD_KEYS`.
+
+    Args:
+        settings: What is listed there.
+        secret: What `load_secret` returned: the word "secret" stands for it, and it is the default.
+    """
+    return tuple(secret if text == THE_SECRET else text.encode() for text in settings.record_keys) or (secret,)
 
 
 def _checked(path: Path, secret: bytes) -> bytes:

@@ -10,6 +10,7 @@ from langchain_aegis.namespace import Commands, Namespace
 from langchain_aegis.nearby import ServerSearch, index
 from langchain_aegis.notices import warn_once
 from langchain_aegis.replies import error_kind, is_missing_index, is_other_index, is_unknown_command
+from langchain_aegis.seals import Seal
 
 SCOPE_VECTORS: Final = 2_000  # without search: so many vectors of a scope are compared, the newest
 _MAKING_S: Final = 1.0  # so long one caller alone makes an index that is gone ...
@@ -23,8 +24,8 @@ class Indexed(Namespace):
         search: Whether the server has search; None before the first use.
     """
 
-    def __init__(self, namespace: str, mac_key: bytes, fingerprint: str) -> None:
-        super().__init__(namespace, mac_key, fingerprint)
+    def __init__(self, namespace: str, seal: Seal, fingerprint: str) -> None:
+        super().__init__(namespace, seal, fingerprint)
         self.search: bool | None = None
         self._indexes: set[str] = set()  # those known to exist
         self._making: dict[str, float] = {}  # until when those that are gone are somebody's to make, monotonic

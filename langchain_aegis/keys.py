@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import hmac
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from langchain_aegis.questions import (
     find_question,
     question_at,
 )
+from langchain_aegis.seals import Seal, derive
 
 _TELLING = frozenset({"system", "developer"})
 
@@ -193,7 +193,10 @@ class Keyring:
     """Makes the keys of one namespace from one secret.
 
     Args:
-        secret: At least 16 bytes, the same for every process that shares the entries.
+        secret: At least 16 bytes, the same for every process that shares the entries. All names are made with it.
+        record_secrets: What records are signed with, and encrypted: the first new ones, any of them old ones. Default:
+            `secret`.
+        encrypt: Whether records are encrypted.
         namespace: Part of every digest.
         share_within_tenant: Leave the user out of keys and scopes.
         scope_ignore: Patterns of text outside the question that does not matter, e.g. a timestamp.
@@ -205,13 +208,15 @@ class Keyring:
             else it keeps its place. The exact key takes everything byte for byte.
 
     Raises:
-        AegisConfigError: `chunks` is no rule.
+        AegisConfigError: `chunks` is no rule, or what `Seal` says.
     """
 
     def __init__(
         self,
         secret: bytes,
         *,
+        record_secrets: Sequence[bytes] = (),
+        encrypt: bool = False,
         namespace: str = "aegis",
         share_within_tenant: bool = False,
         scope_ignore: Iterable[str] = (),
@@ -221,7 +226,7 @@ class Keyring:
         chunks: ChunkRule | None = None,
     ) -> None:
         self._names_key = derive(secret, "names")
-        self.mac_key = derive(secret, "mac")
+        self.seal = Seal(record_secrets or (secret,), encrypt=encrypt)
         self.profile_key = derive(secret, "profile")[:32]
         self.fingerprint = derive(secret, "fingerprint").hex()[:16]
         self._namespace = namespace
@@ -471,8 +476,3 @@ def read_fields(text: str) -> dict[str, str]:
     if len(text) != 1 + _SHORT * len(names):
         return {}
     return {name: text[1 + _SHORT * i : 1 + _SHORT * (i + 1)] for i, name in enumerate(names)}
-
-
-def derive(secret: bytes, purpose: str) -> bytes:
-    """Return the 32-byte key for one purpose."""
-    return hmac.digest(secret, f"langchain-aegis {purpose} v1".encode(), "sha256")

@@ -37,6 +37,7 @@ from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flows import Flow
 from langchain_aegis.notices import warn_once
 from langchain_aegis.replies import Epochs, Listed, as_pairs, as_text, raise_error
+from langchain_aegis.seals import Seal
 
 _MARKS_KEPT: Final = 20_000
 _NOTED_HERE: Final = 1_000
@@ -88,13 +89,13 @@ class Namespace:
 
     Args:
         namespace: First part of every name.
-        mac_key: What records are signed with.
+        seal: What records are signed with.
         fingerprint: Of the secret; kept in Redis so that a process with another one notices.
     """
 
-    def __init__(self, namespace: str, mac_key: bytes, fingerprint: str) -> None:
+    def __init__(self, namespace: str, seal: Seal, fingerprint: str) -> None:
         self.prefix = prefix_of(namespace)
-        self._mac_key = mac_key
+        self._seal = seal
         self._fingerprint = fingerprint
         self._epochs = f"{self.prefix}epochs"
         self._registry = f"{self.prefix}z"
@@ -118,7 +119,7 @@ class Namespace:
         epochs = self._read_epochs(told)
         records = []
         for name, fields in zip(names, stored, strict=True):
-            record = unseal(as_pairs(fields), self._mac_key) if fields and not isinstance(fields, Exception) else None
+            record = unseal(as_pairs(fields), self._seal) if fields and not isinstance(fields, Exception) else None
             if record is not None and name == self._entry(record.key):
                 records.append(record)
         if epochs is None:
@@ -275,13 +276,16 @@ class Namespace:
             key, (text, _, signature) = as_text(other), as_text(value).rpartition(":")
             if value == b"x":
                 notes[key] = "x"
-            elif hmac.compare_digest(signature.encode(), self._sign(asking, key, text).encode()):
+            elif any(
+                hmac.compare_digest(signature.encode(), self._sign(asking, key, text, mac_key).encode())
+                for mac_key in self._seal.mac_keys
+            ):
                 notes[key] = text
         return notes
 
-    def _sign(self, asked: str, served: str, text: str) -> str:
+    def _sign(self, asked: str, served: str, text: str, mac_key: bytes) -> str:
         """Sign a score: whoever writes into Redis must not have one question's answer serve another."""
-        digest = hashlib.blake2b(key=self._mac_key, digest_size=8, person=b"aegis-note-v1")
+        digest = hashlib.blake2b(key=mac_key, digest_size=8, person=b"aegis-note-v1")
         digest.update(f"{asked}:{served}:{text}".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 

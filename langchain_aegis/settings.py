@@ -16,6 +16,8 @@ from urllib.parse import quote, urlsplit, urlunsplit
 Mode = Literal["strict", "balanced", "lenient"]
 MODES: tuple[Mode, ...] = ("strict", "balanced", "lenient")
 
+THE_SECRET = "secret"  # noqa: S105  # among the keys of records: the one that names are made with
+_SHORTEST = 16  # characters of a secret
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
 
@@ -68,6 +70,8 @@ class AegisSettings:
     # Host
     home: str | None = None
     secret_key: str | None = field(default=None, repr=False)
+    record_keys: tuple[str, ...] = field(default=(), repr=False)  # the first signs; "secret": `secret_key`, the default
+    encrypt: bool = False  # needs the extra `crypto`
 
     def __post_init__(self) -> None:
         """Refuse values that could only fail later."""
@@ -82,8 +86,22 @@ class AegisSettings:
                 raise _config_error(f"{name} must be 0 or more, got {getattr(self, name)!r}")
         if not self.namespace or any(c in "{}*?[]\\" or c.isspace() or not c.isprintable() for c in self.namespace):
             raise _config_error(f"namespace must be a plain word without braces or wildcards, got {self.namespace!r}")
-        if self.secret_key is not None and len(self.secret_key) < 16:
-            raise _config_error("secret_key (AEGIS_SECRET_KEY) must have at least 16 characters")
+        if self.secret_key is not None and len(self.secret_key) < _SHORTEST:
+            raise _config_error(f"secret_key (AEGIS_SECRET_KEY) must have at least {_SHORTEST} characters")
+        self._check_record_keys()
+
+    def _check_record_keys(self) -> None:
+        """Refuse keys of records that are none; what they are is not said."""
+        keys = self.record_keys
+        if not isinstance(keys, tuple) or not all(isinstance(key, str) for key in keys):
+            raise _config_error("record_keys must be a tuple of texts")
+        if any(len(key) < _SHORTEST and key != THE_SECRET for key in keys):
+            raise _config_error(
+                f"record_keys (AEGIS_RECORD_KEYS) must have at least {_SHORTEST} characters each, or be the word "
+                f'"{THE_SECRET}" for the secret that is in use already'
+            )
+        if len({self.secret_key if key == THE_SECRET else key for key in keys}) < len(keys):
+            raise _config_error("record_keys (AEGIS_RECORD_KEYS) must name each key once")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
@@ -183,6 +201,10 @@ def _parse(variable: str, name: str, text: str) -> Any:
         raise _config_error(f"{variable}={redact_url(text)!r} cannot be read as {_KINDS[parser]}") from None
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 def _bool(text: str) -> bool:
     word = text.lower()
     if word in _TRUE:
@@ -214,4 +236,6 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("ttl_s", "max_entry_bytes", "local_tier_bytes", "max_concurrency", "max_waiting",
                      "max_batch"), int),
     "cache_enabled": _bool,
+    "encrypt": _bool,
+    "record_keys": _words,
 }  # fmt: skip

@@ -34,6 +34,7 @@ from langchain_aegis.replies import (
     error_kind,
     raise_error,
 )  # fmt: skip
+from langchain_aegis.seals import Seal
 
 __all__ = ["SCOPE_VECTORS", "Commands", "Epochs", "Invalidation", "Listed", "Near", "Nearest", "Store", "Swept"]
 
@@ -50,12 +51,12 @@ class Store(Indexed):
 
     Args:
         namespace: First part of every name.
-        mac_key: What records are signed with.
+        seal: What records are signed with.
         fingerprint: Of the secret; kept in Redis so that a process with another one notices.
     """
 
-    def __init__(self, namespace: str, mac_key: bytes, fingerprint: str) -> None:
-        super().__init__(namespace, mac_key, fingerprint)
+    def __init__(self, namespace: str, seal: Seal, fingerprint: str) -> None:
+        super().__init__(namespace, seal, fingerprint)
         self.rejected = 0  # records that were damaged, forged, or of somebody else
         # The request for a record, around its key, whose length is always the same.
         begins, ends = packed([("HMGET", self._entry("0" * _DIGITS), *FIELDS)]).rsplit(b"0" * _DIGITS, 1)
@@ -99,7 +100,7 @@ class Store(Indexed):
             epochs = yield from self._begin(things, tenant, user)
         if epochs is None or isinstance(stored, Exception) or stored[0] is None:
             return None, epochs
-        record = unseal_values(stored, self._mac_key)
+        record = unseal_values(stored, self._seal)
         if record is None or record.key != exact:
             self.rejected += 1
             return None, epochs
@@ -120,7 +121,7 @@ class Store(Indexed):
         """Return a living record and the epochs from the two replies to `request`; None: `read` has to see."""
         if isinstance(stored, Exception) or stored[0] is None or (epochs := self._read_epochs(told)) is None:
             return None
-        record = unseal_values(stored, self._mac_key)
+        record = unseal_values(stored, self._seal)
         if record is None or record.key != exact or not lives(record, epochs):
             return None
         return record, epochs
@@ -188,7 +189,7 @@ class Store(Indexed):
         while True:
             query = f"*=>[KNN {many} @vec $v EF_RUNTIME 200]"
             stored = (yield from self._search(query, embedder, vector, many, timeout_ms, None)).stored
-            unsealed = [(name, unseal_values(values, self._mac_key)) for name, values in stored]
+            unsealed = [(name, unseal_values(values, self._seal)) for name, values in stored]
             records = [r for name, r in unsealed if r is not None and name == self._entry(r.key) and r.emb == embedder]
             records = [r for r in records if tenant is None or tenant in r.sets[:1]]
             alive = yield from self._listed(records, epochs)
@@ -238,7 +239,7 @@ class Store(Indexed):
         (reply,) = yield Commands(
             (
                 scripts.put(
-                    self.prefix, record, record.sealed(self._mac_key), things=[*things, "near"],
+                    self.prefix, record, record.sealed(self._seal), things=[*things, "near"],
                     outs=[f"out:{thing}" for thing in things if thing.startswith("user:")], now_ms=now_ms,
                     tenanted=tenanted, max_entries=max_entries or 0, fence=fence, vectors=kept,
                 ),
@@ -318,7 +319,7 @@ class Store(Indexed):
 
     def note(self, asked: str, served: str, text: str) -> Flow[None]:
         """Remember a verifier's score of a pair; a report is never overwritten."""
-        signed = f"{text}:{self._sign(asked, served, text)}"
+        signed = f"{text}:{self._sign(asked, served, text, self._seal.mac_keys[0])}"
         yield Commands((scripts.note(self.prefix, asked, served, signed),))
 
     def lease(self, exact: str, lease_ms: int) -> Flow[int]:
@@ -389,7 +390,7 @@ class Store(Indexed):
     def _unsealed(self, stored: list[tuple[str, Sequence[Any]]], scope: str, embedder: str) -> list[Record]:
         records = []
         for name, values in stored:
-            record = unseal_values(values, self._mac_key)
+            record = unseal_values(values, self._seal)
             # The query asked for this scope; the signed record must say so too.
             if record is None or name != self._entry(record.key) or record.scope != scope or record.emb != embedder:
                 self.rejected += 1

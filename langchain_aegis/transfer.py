@@ -16,6 +16,7 @@ from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flows import Flow, run
 from langchain_aegis.performer import Performer
 from langchain_aegis.scope import aegis_scope
+from langchain_aegis.seals import Seal
 from langchain_aegis.store import Epochs, Store
 from langchain_aegis.updates import now_ms
 
@@ -42,7 +43,8 @@ class Transfer(Performer):
     def export(self, path: str | Path) -> int:
         """Write every answer that can be served to a file that only its owner can read; returns how many.
 
-        The file holds the answers in clear, as Redis does, each signed: it can be imported with the same secret.
+        The file holds the answers as Redis does, in clear unless they are encrypted, each signed: it can be imported
+        with the same secret, and the same `encrypt`.
 
         Raises:
             AegisConnectionError: Redis did not answer.
@@ -53,7 +55,7 @@ class Transfer(Performer):
             os.fchmod(file.fileno(), 0o600)  # it may have been there before
             file.write(json.dumps({"format": _FORMAT, "namespace": self._engine.options.settings.namespace}) + "\n")
             for record in self._all_records():
-                sealed = record.sealed(self._engine.keyring.mac_key)
+                sealed = record.sealed(self._engine.keyring.seal)
                 file.write(json.dumps({name: base64.b64encode(v).decode() for name, v in sealed.items()}) + "\n")
                 count += 1
         return count
@@ -86,7 +88,7 @@ class Transfer(Performer):
             taken, left = 0, dict[str, int]()
             anonymous = keyring.thing("tenant", None)
             for line in file:
-                record = _read(line, keyring.mac_key)
+                record = _read(line, keyring.seal)
                 reply = "rejected"
                 if record is not None and record.expires_ms <= now_ms():
                     reply = "expired"
@@ -98,7 +100,9 @@ class Transfer(Performer):
                 else:
                     left[reply] = left.get(reply, 0) + 1
         if not taken and left.get("rejected"):
-            raise AegisConfigError(f"{path} was exported with another secret: nothing in it can be trusted here")
+            raise AegisConfigError(
+                f"{path} was exported with another secret, or another AEGIS_ENCRYPT: nothing in it can be trusted here"
+            )
         return Carried(taken, left)
 
     def warm(self, rows: Iterable[Mapping[str, Any]], *, pipeline: str, version: str = "") -> Carried:
@@ -140,10 +144,10 @@ class Transfer(Performer):
                 return
 
 
-def _read(line: str, mac_key: bytes) -> Record | None:
+def _read(line: str, seal: Seal) -> Record | None:
     try:
         fields = json.loads(line)
-        return unseal({name.encode(): base64.b64decode(value) for name, value in fields.items()}, mac_key)
+        return unseal({name.encode(): base64.b64decode(value) for name, value in fields.items()}, seal)
     except (ValueError, TypeError, AttributeError, RecursionError):
         return None
 

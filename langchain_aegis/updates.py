@@ -28,7 +28,7 @@ from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.expected import Expected
 from langchain_aegis.flows import Flow, Settle
 from langchain_aegis.forks import reset_after_fork
-from langchain_aegis.home import load_secret
+from langchain_aegis.home import load_secret, record_secrets
 from langchain_aegis.keys import Declined, Key, Keyring, Who, written_fields
 from langchain_aegis.lookup import LONG, Lookup, Policy, Work, embed, resolved, take_vector
 from langchain_aegis.notices import warn_once
@@ -282,13 +282,14 @@ class Updates:
             with self._lock:
                 if (opened := self._opened) is None:
                     o = self.options
+                    secret = load_secret(o.settings)
                     keyring = Keyring(
-                        load_secret(o.settings), namespace=o.settings.namespace,
-                        share_within_tenant=o.share_within_tenant,
+                        secret, record_secrets=record_secrets(o.settings, secret), encrypt=o.settings.encrypt,
+                        namespace=o.settings.namespace, share_within_tenant=o.share_within_tenant,
                         scope_ignore=o.scope_ignore, find_question=o.find_question,
                         allow_unnamed_models=o.allow_unnamed_models, labels=o.labels, chunks=o.chunks,
                     )  # fmt: skip
-                    opened = keyring, Store(o.settings.namespace, keyring.mac_key, keyring.fingerprint)
+                    opened = keyring, Store(o.settings.namespace, keyring.seal, keyring.fingerprint)
                     self._opened = opened
         return opened
 

@@ -19,7 +19,7 @@ ORDER = [
     "errors", "settings", "home", "notices", "nesting", "scope", "stamps", "loops", "breaker", "flows", "forks",
     "nonces", "cut_answers",
     "_compat", "tuning", "messages", "lexicon", "tokens", "profiles", "verification", "tasks", "questions", "identity",
-    "options", "chunks", "model_parts", "keys",
+    "options", "chunks", "model_parts", "ciphers", "seals", "keys",
     "entries", "answers", "replays", "hits", "vectors",
     "replies", "namespace", "nearby", "indexes", "scripts", "links", "store", "connections", "pushes", "sweeper",
     "writes",

@@ -256,12 +256,13 @@ def test_every_flow_of_the_store_works_with_the_rights_of_that_user(container, c
     from langchain_aegis.connections import Connections
     from langchain_aegis.entries import Record
     from langchain_aegis.flows import run
+    from langchain_aegis.seals import Seal
     from langchain_aegis.store import Invalidation, Store
     from langchain_aegis.vectors import pack
 
     before = refusals(client)
     url = f"redis://aegis:{quote(PASSWORD, safe='')}@127.0.0.1:{container[1]}"
-    store, connections = Store("aegis", b"m" * 32, "f00"), Connections(url, budget_s=10)
+    store, connections = Store("aegis", Seal([b"m" * 32]), "f00"), Connections(url, budget_s=10)
     client.delete("aegis:{p00}:epochs")  # another test's, with another secret
     things, vector, now_ms = ["namespace", "tenant:a", "user:u"], pack([1.0, 2.0]), 1_800_000_000_000
 

@@ -17,8 +17,9 @@ from langchain_aegis.entries import (
     refusal,
     unseal,
 )
+from langchain_aegis.seals import Seal
 
-KEY = b"k" * 32
+KEY = Seal([b"k" * 32])
 RECORD = Record(
     key="0" * 32, scope="1" * 32, emb="abcd1234", digest="", created_ms=1, expires_ms=2, epochs="f00:3",
     answer=b'{"kind":"value","item":"Paris"}', profile=b"profile", vec=b"\x00<\x00\x00", src=("source:1", "source:2"),
@@ -53,7 +54,7 @@ def test_a_field_that_is_empty_is_left_out_and_may_be_there():
 def test_unknown_fields_are_ignored_and_another_version_is_a_miss():
     assert unseal({**stored(), b"later": b"x"}, KEY) == RECORD
     assert unseal({**stored(), b"v": b"2"}, KEY) is None
-    assert unseal(stored(), b"x" * 32) is None
+    assert unseal(stored(), Seal([b"x" * 32])) is None
     assert unseal({}, KEY) is None
 
 

@@ -13,6 +13,7 @@ from langchain_aegis import AegisSemanticCache
 from langchain_aegis.connections import Connections
 from langchain_aegis.entries import Record
 from langchain_aegis.flows import run
+from langchain_aegis.seals import Seal
 from langchain_aegis.store import Store
 from langchain_aegis.vectors import pack
 
@@ -27,7 +28,7 @@ class Scopes:
     def __init__(self, url):
         self.url = url
         self.namespace = f"i{uuid.uuid4().hex[:8]}"
-        self.store = Store(self.namespace, b"m" * 32, "f00")
+        self.store = Store(self.namespace, Seal([b"m" * 32]), "f00")
         self.connections = Connections(url, budget_s=5)
 
     def _do(self, flow):

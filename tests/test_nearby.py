@@ -10,6 +10,7 @@ from langchain_aegis import nearby
 from langchain_aegis.connections import Connections
 from langchain_aegis.entries import Record
 from langchain_aegis.flows import run
+from langchain_aegis.seals import Seal
 from langchain_aegis.store import Invalidation, Store
 from langchain_aegis.vectors import pack
 
@@ -31,7 +32,7 @@ class Kept:
 
     def __init__(self, url):
         self.namespace = f"t{uuid.uuid4().hex[:8]}"
-        self.store = Store(self.namespace, b"m" * 32, "f00")
+        self.store = Store(self.namespace, Seal([b"m" * 32]), "f00")
         self.connections = Connections(url, budget_s=5)
         self.redis = redis.Redis.from_url(url)
         self.sent = []

@@ -37,6 +37,8 @@ EXAMPLES = {
     "max_batch": ("8", 8),
     "home": ("/srv/aegis", "/srv/aegis"),
     "secret_key": ("0123456789abcdef", "0123456789abcdef"),
+    "record_keys": ("the-new-key-of-records secret", ("the-new-key-of-records", "secret")),
+    "encrypt": ("yes", True),
 }
 COMMON = {
     "OLLAMA_BASE_URL": ("http://gpu:9", "ollama_base_url", "http://gpu:9"),
@@ -119,11 +121,23 @@ def test_what_cannot_be_read_is_an_error_that_names_the_variable(variable, text)
         ("deadline_s", 0), ("max_concurrency", 0), ("max_batch", 0), ("max_waiting", -1), ("window_ms", -0.1),
         ("window_ms", float("nan")), ("namespace", ""), ("namespace", "a b"), ("namespace", "a*"),
         ("namespace", "{a}"), ("namespace", "a\x00"), ("secret_key", "short"),
+        ("record_keys", ("short",)), ("record_keys", "one text of 16 characters"), ("record_keys", ("secret",) * 2),
+        ("record_keys", (b"0123456789abcdef",)), ("record_keys", ("0123456789abcdef",) * 2),
     ],
 )  # fmt: skip
 def test_values_that_could_only_fail_later_are_refused_by_name(name, bad):
     with pytest.raises(AegisConfigError, match=name):
         AegisSettings(**{name: bad})
+
+
+@pytest.mark.row(61)
+def test_a_key_that_cannot_be_used_is_not_in_the_error():
+    for keys in ((PASSWORD, "short-key"), (PASSWORD, "secret")):
+        with pytest.raises(AegisConfigError, match="AEGIS_RECORD_KEYS") as caught:
+            AegisSettings(record_keys=keys, secret_key=PASSWORD)
+        assert PASSWORD not in str(caught.value)
+        assert "short-key" not in str(caught.value)
+    assert PASSWORD not in repr(AegisSettings(record_keys=(PASSWORD,)))
 
 
 def test_settings_cannot_be_changed_and_a_copy_ignores_none():

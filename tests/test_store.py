@@ -21,10 +21,11 @@ from langchain_aegis.entries import Record
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flows import arun, run
 from langchain_aegis.notices import forget_warnings
+from langchain_aegis.seals import Seal
 from langchain_aegis.store import SCOPE_VECTORS, Commands, Invalidation, Store
 from langchain_aegis.vectors import pack
 
-MAC = b"m" * 32
+SEAL = Seal([b"m" * 32])
 NOW = 1_800_000_000_000
 THINGS = ["namespace", "tenant:a"]
 SCOPE, OTHER_SCOPE = "a" * 32, "b" * 32
@@ -34,9 +35,9 @@ EMB = "abcd1234"
 class Kept:
     """A store with blocking calls, on one server, in a namespace of its own."""
 
-    def __init__(self, url, mac_key=MAC, fingerprint="f00", namespace=None):
+    def __init__(self, url, seal=SEAL, fingerprint="f00", namespace=None):
         self.namespace = namespace or f"t{uuid.uuid4().hex[:8]}"
-        self.store = Store(self.namespace, mac_key, fingerprint)
+        self.store = Store(self.namespace, seal, fingerprint)
         self.connections = Connections(url, budget_s=5)
         self.redis = redis.Redis.from_url(url)
 
@@ -316,7 +317,7 @@ def test_an_expired_record_is_forgotten_without_search(any_redis):
 
 def test_another_secret_is_noticed_and_its_entries_cannot_be_invalidated_from_here(kept, any_redis):
     kept.put(name(1))
-    stranger = Kept(any_redis.url, mac_key=b"x" * 32, fingerprint="bad", namespace=kept.namespace)
+    stranger = Kept(any_redis.url, seal=Seal([b"x" * 32]), fingerprint="bad", namespace=kept.namespace)
     assert stranger.read(name(1)) is None
     for flow in (stranger.store.invalidate(Invalidation(["tenant:a"], [["tenant:a"]])), stranger.store.clear()):
         with pytest.raises(AegisConfigError, match="AEGIS_SECRET_KEY"):

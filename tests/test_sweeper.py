@@ -15,6 +15,7 @@ from test_store import NOW, Kept, direction, name
 
 from langchain_aegis import forks
 from langchain_aegis.breaker import Unavailable
+from langchain_aegis.seals import Seal
 from langchain_aegis.store import Invalidation, Store
 from langchain_aegis.sweeper import Sweeper, the_sweeper
 from langchain_aegis.vectors import pack
@@ -128,7 +129,7 @@ class Scripted:
 def swept_with(*replies):
     script = Scripted(*replies)
     sweeper = Sweeper(script.clock, script.wait)
-    sweeper.wake(Store("any", b"m" * 32, "f00"), script)
+    sweeper.wake(Store("any", Seal([b"m" * 32]), "f00"), script)
     assert sweeper.wait(10)
     return sweeper, script
 
@@ -150,7 +151,7 @@ def test_a_server_that_is_busy_is_asked_more_slowly():
 
     script.perform = slow
     sweeper = Sweeper(script.clock, script.wait)
-    sweeper.wake(Store("any", b"m" * 32, "f00"), script)
+    sweeper.wake(Store("any", Seal([b"m" * 32]), "f00"), script)
     assert sweeper.wait(10)
     assert script.pauses == pytest.approx([0.016 + 0.003, 0.016 + 0.02])
 
@@ -185,7 +186,7 @@ def test_waking_it_costs_the_caller_no_round_trip():
 
     script.perform = stuck
     sweeper = Sweeper()
-    store = Store("any", b"m" * 32, "f00")
+    store = Store("any", Seal([b"m" * 32]), "f00")
     sweeper.wake(store, script)
     assert entered.wait(10)
     sweeper.wake(store, script)  # returns although a step is under way
@@ -275,10 +276,11 @@ def test_a_process_sweeps_to_the_end_when_that_takes_less_than_a_second(redis_ur
     code = f"""
         from langchain_aegis.connections import Connections
         from langchain_aegis.flows import run
+        from langchain_aegis.seals import Seal
         from langchain_aegis.store import Invalidation, Store
         from langchain_aegis.sweeper import the_sweeper
         connections = Connections({redis_url!r}, budget_s=5)
-        store = Store({kept.namespace!r}, b"m" * 32, "f00")
+        store = Store({kept.namespace!r}, Seal([b"m" * 32]), "f00")
         what = Invalidation(["tenant:a"], [["tenant:a"]])
         assert run(store.invalidate(what), connections.perform) == 60
         the_sweeper.wake(store, connections)
@@ -296,9 +298,10 @@ def test_a_process_sweeps_to_the_end_when_that_takes_less_than_a_second(redis_ur
 def test_a_process_ends_although_redis_does_not_answer(tmp_path):
     code = f"""
         from langchain_aegis.connections import Connections
+        from langchain_aegis.seals import Seal
         from langchain_aegis.store import Store
         from langchain_aegis.sweeper import the_sweeper
-        the_sweeper.wake(Store("any", b"m" * 32, "f00"), Connections("unix://{tmp_path}/none.sock"))
+        the_sweeper.wake(Store("any", Seal([b"m" * 32]), "f00"), Connections("unix://{tmp_path}/none.sock"))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60, check=False, capture_output=True)
     assert done.returncode == 0

@@ -22,8 +22,10 @@ from faults.watch import no_tasks_left
 from langchain_aegis import aegis_scope
 from langchain_aegis.entries import FIELDS, Record, decode_answer, decode_value, unseal
 from langchain_aegis.keys import Keyring, Who
+from langchain_aegis.seals import Seal
 from langchain_aegis.writes import the_writer
 
+SEAL = Seal([b"k" * 32])
 QUESTION = "What is the fee of item 7?"
 
 
@@ -71,9 +73,9 @@ def put(recorder, fields):
 def signed(recorder, **changed):
     """The entry's fields with some changed, signed by ourselves: what somebody with the secret could write."""
     engine = recorder.cache._engine
-    record = unseal(recorder.fields, engine.keyring.mac_key)
+    record = unseal(recorder.fields, engine.keyring.seal)
     values = {f.name: getattr(record, f.name) for f in fields_of(Record)}
-    return Record(**{**values, **changed}).sealed(engine.keyring.mac_key)
+    return Record(**{**values, **changed}).sealed(engine.keyring.seal)
 
 
 def judged(found):
@@ -92,7 +94,7 @@ def judged(found):
 @pytest.mark.row(27)
 def test_an_entry_of_which_any_bit_is_flipped_is_a_miss(planted, rounds):
     """Each bit of each field where it is read; and a sample of them through Redis."""
-    key = planted.cache._engine.keyring.mac_key
+    key = planted.cache._engine.keyring.seal
     assert unseal(planted.fields, key) is not None
     where = []
     for field, value in planted.fields.items():
@@ -117,7 +119,7 @@ def test_an_entry_of_which_any_bit_is_flipped_is_a_miss(planted, rounds):
 
 @pytest.mark.row(28)
 def test_an_entry_of_which_any_field_is_cut_anywhere_is_a_miss(planted):
-    key = planted.cache._engine.keyring.mac_key
+    key = planted.cache._engine.keyring.seal
     for field, value in planted.fields.items():
         for length in range(len(value)):
             assert unseal({**planted.fields, field: value[:length]}, key) is None, (field, length)
@@ -137,8 +139,8 @@ def test_a_record_with_any_other_bytes_in_any_field_is_a_miss(field, value):
     record = Record(
         key="0" * 32, scope="1" * 32, emb="e", digest="", created_ms=1, expires_ms=2, epochs="f:3", answer=b"{}"
     )
-    told = {n.encode(): v for n, v in record.sealed(b"k" * 32).items()}
-    assert unseal({**told, field.encode(): value}, b"k" * 32) in (
+    told = {n.encode(): v for n, v in record.sealed(SEAL).items()}
+    assert unseal({**told, field.encode(): value}, SEAL) in (
         None,
         record if told.get(field.encode(), b"") == value else 0,
     )

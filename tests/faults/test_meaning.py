@@ -122,11 +122,11 @@ def test_a_vector_that_somebody_writes_over_a_stored_one_is_never_served(
     stored()
     (entry,) = server.entries()
     if resigned:
-        mac_key = cache._engine.keyring.mac_key
-        record = unseal(server.client.hgetall(entry), mac_key)
+        seal = cache._engine.keyring.seal
+        record = unseal(server.client.hgetall(entry), seal)
         values = {f.name: getattr(record, f.name) for f in fields_of(Record)} | {"vec": BAD_VECTORS[name]}
         server.client.delete(entry)
-        server.client.hset(entry, mapping=Record(**values).sealed(mac_key))
+        server.client.hset(entry, mapping=Record(**values).sealed(seal))
     else:
         server.client.hset(entry, "vec", BAD_VECTORS[name])
     for question in (ASKED, "What does a card cost?", "Who is there?"):
@@ -368,10 +368,10 @@ def test_among_very_many_entries_of_one_scope_a_search_finds_the_right_one_or_no
         with aegis_scope(tenant=tenant):
             patient.update(prompt(STORED), MODEL, chat(f"28 days, {tenant}"))
     stored()
-    mac_key, chosen = patient._engine.keyring.mac_key, random.Random(7)
+    seal, chosen = patient._engine.keyring.seal, random.Random(7)
     pipe = server.client.pipeline(transaction=False)
     for name in server.entries():
-        record = unseal(server.client.hgetall(name), mac_key)
+        record = unseal(server.client.hgetall(name), seal)
         values = {f.name: getattr(record, f.name) for f in fields_of(Record)}
         counts = list(server.client.scan_iter("*:n:*"))
         for number in range(MANY // 2):
@@ -379,7 +379,7 @@ def test_among_very_many_entries_of_one_scope_a_search_finds_the_right_one_or_no
             near = Words().embed_query(f"word{number} {number} of {number * 7}")
             text = f"another, {values['scope'][:4]}"
             other = {"key": key, "vec": pack(near), "answer": values["answer"].replace(b"28 days", text.encode())}
-            pipe.hset(name[:-32] + key.encode(), mapping=Record(**{**values, **other}).sealed(mac_key))
+            pipe.hset(name[:-32] + key.encode(), mapping=Record(**{**values, **other}).sealed(seal))
             pipe.pexpire(name[:-32] + key.encode(), 600_000)
             if number % 500 == 0:
                 pipe.execute()

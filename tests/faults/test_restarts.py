@@ -70,7 +70,7 @@ def check(server, cache):
     served = 0
     entries = [name for name in names if kinds[name] == b"e"]
     for name in entries:
-        record = unseal(server.client.hgetall(name), cache._engine.keyring.mac_key)
+        record = unseal(server.client.hgetall(name), cache._engine.keyring.seal)
         assert record is not None, f"torn: {name}"
         served += 1
     return len(entries), served
