@@ -336,7 +336,13 @@ class Store(Indexed):
         yield Commands((("UNLINK", self._entry(exact)),))
 
     def opt(self, user_thing: str, out: bool) -> Flow[None]:
-        """Say whether nothing of a user shall be kept from now on. Raises ResponseError if Redis refuses."""
+        """Say whether nothing of a user shall be kept from now on.
+
+        Raises:
+            AegisConfigError: The namespace was written with another secret, in which this user has another name.
+            ResponseError: Redis refused.
+        """
+        yield from self._check_secret()
         field = f"out:{user_thing}"
         command = ("HSET", self._epochs, field, "1") if out else ("HDEL", self._epochs, field)
         (reply,) = yield Commands((command,))
