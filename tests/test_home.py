@@ -132,3 +132,48 @@ def test_processes_that_start_at_once_agree_on_one_secret(tmp_path):
     assert len(secrets) == 1
     assert len(bytes.fromhex(secrets.pop())) == 32
     assert [p.name for p in (tmp_path / "shared").iterdir()] == ["secret"]
+
+
+def test_who_comes_second_while_he_writes_takes_the_secret_of_the_first(monkeypatch):
+    others, settings, fsync = [], AegisSettings(), os.fsync
+
+    def meanwhile(descriptor):
+        monkeypatch.setattr(os, "fsync", fsync)
+        others.append(load_secret(settings))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    assert [load_secret(settings)] == others
+    assert [path.name for path in aegis_home().iterdir()] == ["secret"]
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_of_eight_workers_that_make_the_secret_at_once_each_gets_the_same_one_and_nobody_sees_a_part_of_it(tmp_path):
+    """Forked, so that they begin within microseconds of each other; a reader looks on all the while."""
+    for number in range(2):
+        home, go, told = tmp_path / str(number), os.pipe(), os.pipe()
+        settings, children = AegisSettings(home=str(home)), []
+        for _ in range(8):
+            if (pid := os.fork()) == 0:
+                code = 1
+                try:
+                    os.umask(0)  # an application's own business: the file is for its owner all the same
+                    os.read(go[0], 1)
+                    os.write(told[1], load_secret(settings))  # so little is written at once
+                    code = 0
+                finally:
+                    os._exit(code)
+            children.append(pid)
+        os.write(go[1], b"g" * 8)
+        seen, ended = set(), []
+        while len(ended) < len(children):
+            ended += [pid for pid in set(children) - set(ended) if os.waitpid(pid, os.WNOHANG)[0]]
+            if (home / "secret").exists():
+                seen.add(((home / "secret").read_bytes(), mode(home / "secret")))
+        secrets = os.read(told[0], 8 * 32 + 1)
+        for end in (*go, *told):
+            os.close(end)
+        assert len(secrets) == 8 * 32
+        assert {(secrets[at : at + 32], 0o600) for at in range(0, 8 * 32, 32)} == seen | {(secrets[:32], 0o600)}
+        assert [path.name for path in home.iterdir()] == ["secret"]
+        assert (mode(home), (home / "secret").read_bytes()) == (0o700, secrets[:32])
