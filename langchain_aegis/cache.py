@@ -58,7 +58,7 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
         guards_off: Guards that are switched off, see `langchain_aegis.verification.GUARDS`.
         allow_unnamed_models: Cache models whose key names no model, such as plain ChatOllama. Answers of different
             models then mix.
-        keep_questions: Keep each question's text beside its answer, in clear.
+        keep_questions: Keep each question's text beside its answer, in clear unless `AEGIS_ENCRYPT` is set.
         max_entry_bytes: Larger answers are not kept.
         local_tier_bytes: What answers that were read may take up in this process, so that their exact repeats ask
             Redis nothing; the most recently used stay. 0: none are held. What is invalidated elsewhere is seen as soon

@@ -1,8 +1,10 @@
 """Keys of records: the first signs, all are accepted, and with encryption nothing can be read or moved without them."""
 
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -229,3 +231,26 @@ def test_without_the_package_it_is_said_at_once_what_to_install(monkeypatch, mad
     with pytest.raises(AegisConfigError, match=r"langchain-aegis\[crypto\]"):
         made(settings=AegisSettings(encrypt=True))
     assert Seal([NEW]).sign(b"")  # who does not encrypt needs it for nothing
+
+
+# -- what is promised in writing --------------------------------------------------------------------------------------
+
+
+def test_the_guide_to_security_names_what_stays_in_clear_and_every_setting_and_leads_somewhere():
+    root = Path(__file__).parent.parent
+    text = (root / "SECURITY.md").read_text()
+    table = text.partition("| Encrypted | In clear, and why |")[2].partition("\n\n")[0]
+    in_clear = {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row)}
+    assert in_clear - {"negative"} == CLEAR
+    cache_guide = (root / "docs/cache.md").read_text()
+    for variable in ("AEGIS_SECRET_KEY", "AEGIS_RECORD_KEYS", "AEGIS_ENCRYPT"):
+        assert variable in text
+        assert f"| `{variable}` |" in cache_guide
+    for warning in ("another_secret", "other_encryption", "unknown_record_key"):
+        assert f"`{warning}`" in text
+    heads = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in re.findall(r"(?m)^#+ (.*)$", text)}
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", text):
+        assert target.startswith("https://arxiv.org/") or not target or (root / target).exists(), target
+        assert not anchor or anchor in heads
+    for name in ("README.md", "docs/reliability.md", "docs/cache.md"):
+        assert "SECURITY.md)" in (root / name).read_text()
