@@ -139,7 +139,7 @@ class Control(Performer):
         return await self._ainsist(lambda: self._opting(told, out=True))
 
     def opt_in(self, user: str) -> None:
-        """Take `opt_out` back."""
+        """Take `opt_out` back. Raises as `invalidate`."""
         told = _named(user=user)
         self._insist(lambda: self._opting(told, out=False))
 

@@ -199,6 +199,9 @@ class Namespace:
 
     def _check_secret(self) -> Flow[None]:
         (told,) = yield Commands((self._ask(()),))
+        self._refuse_other_secret(told)
+
+    def _refuse_other_secret(self, told: Any) -> None:
         epochs = self._read_epochs(told)
         if epochs is not None and epochs.fingerprint != self._fingerprint:
             raise AegisConfigError(

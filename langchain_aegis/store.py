@@ -339,14 +339,15 @@ class Store(Indexed):
         """Say whether nothing of a user shall be kept from now on.
 
         Raises:
-            AegisConfigError: The namespace was written with another secret, in which this user has another name.
+            AegisConfigError: The namespace was written with another secret, in which this user has another name: it
+                holds for this secret alone.
             ResponseError: Redis refused.
         """
-        yield from self._check_secret()
         field = f"out:{user_thing}"
         command = ("HSET", self._epochs, field, "1") if out else ("HDEL", self._epochs, field)
-        (reply,) = yield Commands((command,))
+        reply, told = yield Commands((command, self._ask(())))
         raise_error(reply)
+        self._refuse_other_secret(told)
 
     # -- parts ----------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 from caches import MODEL, Words, chat, prompt, text_of
+from conftest import wait_until
 
 from faults.test_integrity import signed
 from faults.test_secrets import all_that_redis_holds
@@ -304,6 +305,15 @@ def test_a_host_with_another_secret_is_told_once_and_cannot_claim_to_have_remove
         call(awaited, theirs, "report_wrong", hit.message)
     assert asked(ours, NEAR_BOOK, awaited) == "ours"
     assert ours.invalidate(model="m") == 1
+
+
+def test_the_local_tier_holds_what_is_encrypted_as_it_lies_in_redis(kept):
+    cache = kept(encrypt=True, local_tier_bytes=1_000_000)
+    taught(cache)
+    wait_until(lambda: asked(cache, BOOK) == "28 days" and cache.stats().local.hits, what="a hit of the local tier")
+    (held,) = cache._connections.tier._held.values()
+    assert held[0]
+    assert b"28 days" not in b"".join(value for reply in held[1] for value in reply if value is not None)
 
 
 # -- kept vectors -----------------------------------------------------------------------------------------------------
