@@ -310,7 +310,7 @@ class Control(Performer):
             epochs = yield from store.epochs(())
             if epochs is None:
                 return removed
-            near = yield from store.nearest_anywhere(embedder, vector, _NEAR, epochs, 2_000, tenant=owner)
+            near = yield from store.nearest_anywhere(embedder, vector, _NEAR, epochs, 2_000, tenant=owner, unread=True)
             keys = tuple(n.record.key for n in near if n.similarity >= lowest)
             if not keys:
                 return removed

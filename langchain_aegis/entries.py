@@ -148,6 +148,23 @@ def unseal_values(stored: Sequence[Any], seal: Seal) -> Record | None:
         return None
 
 
+def claimed(stored: Sequence[Any]) -> Record | None:
+    """Return what Redis works with of a record that cannot be unsealed, to remove it: it may be forged.
+
+    Args:
+        stored: The values of `FIELDS` in this order; None where there is none.
+    """
+    told = {name: value or b"" for name, value in zip(FIELDS, stored, strict=True)}
+    try:
+        return Record(
+            key=told["key"].decode(), scope="", emb=told["emb"].decode(), digest="", created_ms=int(told["created_ms"]),
+            expires_ms=int(told["expires_ms"]), epochs=told["epochs"].decode(), answer=b"", vec=told["vec"],
+            sets=tuple(told["sets"].decode().split(",")),
+        )  # fmt: skip
+    except (ValueError, AttributeError, TypeError):
+        return None
+
+
 def _joined(values: Sequence[bytes]) -> bytes:
     """Return the values of a record, in the order of `FIELDS`, as what is signed: all lengths, then all values."""
     return b"".join((_LENGTHS.pack(*map(len, values)), *values))

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from langchain_aegis import scripts
 from langchain_aegis.breaker import Unavailable
-from langchain_aegis.entries import FIELDS, Record, in_order, unseal_values
+from langchain_aegis.entries import FIELDS, Record, claimed, in_order, unseal_values
 from langchain_aegis.flows import Flow
 from langchain_aegis.indexes import SCOPE_VECTORS, Indexed
 from langchain_aegis.links import packed
@@ -168,8 +168,9 @@ class Store(Indexed):
         return Nearest(ranked(vector, alive)[:k], notes, sorted(found.far, key=itemgetter(1), reverse=True)[:k])
 
     def nearest_anywhere(
-        self, embedder: str, vector: bytes, k: int, epochs: Epochs, timeout_ms: int, *, tenant: str | None = None
-    ) -> Flow[list[Near]]:
+        self, embedder: str, vector: bytes, k: int, epochs: Epochs, timeout_ms: int, *, tenant: str | None = None,
+        unread: bool = False,
+    ) -> Flow[list[Near]]:  # fmt: skip
         """Return at most `k` living records of any scope, most similar first; none where there is no search.
 
         They answer nobody: another scope's record only explains, or is removed.
@@ -181,6 +182,7 @@ class Store(Indexed):
             epochs: As read now.
             timeout_ms: How long the server may search.
             tenant: Name of the tenant whose records are wanted; None: all.
+            unread: Also those that this process cannot read, as they say themselves: another one may serve them.
         """
         if not (yield from self._has_search()):
             return []
@@ -189,7 +191,10 @@ class Store(Indexed):
         while True:
             query = f"*=>[KNN {many} @vec $v EF_RUNTIME 200]"
             stored = (yield from self._search(query, embedder, vector, many, timeout_ms, None)).stored
-            unsealed = [(name, unseal_values(values, self._seal)) for name, values in stored]
+            unsealed = [
+                (name, unseal_values(values, self._seal) or (claimed(values) if unread else None))
+                for name, values in stored
+            ]
             records = [r for name, r in unsealed if r is not None and name == self._entry(r.key) and r.emb == embedder]
             records = [r for r in records if tenant is None or tenant in r.sets[:1]]
             alive = yield from self._listed(records, epochs)

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 from caches import MODEL, Words, chat, prompt, text_of
 from conftest import wait_until
+from langchain_core.messages import HumanMessage
 
 from faults.test_integrity import signed
 from faults.test_secrets import all_that_redis_holds
@@ -227,6 +228,34 @@ def test_a_key_that_leaked_is_dropped_at_once_and_what_it_signed_is_a_miss(kept,
     assert taught(fresh, BOOK, "28 days") is None
     assert asked(fresh, NEAR_BOOK) == "28 days"
     assert asked(leaked, BOOK) is None
+
+
+@pytest.mark.parametrize("named", [{"near": NEAR_BOOK}, {"near": NEAR_BOOK, "tenant": "acme"}, {"older_than_s": 0}])
+def test_what_another_host_signs_with_a_key_or_encryption_of_its_own_is_invalidated_from_here(server, kept, named):
+    """It would go on to serve it, and whoever has invalidated it believes that nobody does."""
+    hosts = [kept(False, (FIRST,)), kept(False, (SECOND,)), kept(True, (FIRST,))]
+    for other in hosts[1:]:
+        for tenant in ("acme", "globex"):
+            with aegis_scope(tenant=tenant):
+                taught(other)
+        whose = 1 if "tenant" in named else 2
+        assert hosts[0].invalidate(**named) == whose
+        with aegis_scope(tenant="acme"):
+            assert asked(other, BOOK) is None
+            assert asked(other, NEAR_BOOK) is None
+        with aegis_scope(tenant="globex"):
+            assert asked(other, BOOK) == ("28 days" if whose == 1 else None)
+        hosts[0].clear()
+
+
+@pytest.mark.row(29)
+def test_what_cannot_be_read_is_never_served_however_near_it_says_that_it_is(kept):
+    ours = kept(False, (FIRST,))
+    taught(kept(False, (SECOND,)))
+    for question in (BOOK, NEAR_BOOK):
+        assert asked(ours, question) is None
+        explained = ours.explain(prompt=[HumanMessage(question)], llm_string=MODEL)
+        assert (explained.decision, explained.candidates) == ("miss", ())
 
 
 def test_hits_and_scores_of_before_a_rotation_are_still_known_after_it(kept):
