@@ -19,6 +19,7 @@ from langchain_aegis.explain import explain_call, explain_pipeline, explain_ques
 from langchain_aegis.flows import Flow, arun, run
 from langchain_aegis.keys import Key
 from langchain_aegis.lookup import Lookup, Work, embed, guard_codes
+from langchain_aegis.nearby import ranked
 from langchain_aegis.performer import Performer
 from langchain_aegis.questions import exact_only_reason
 from langchain_aegis.replays import dumped
@@ -311,11 +312,25 @@ class Control(Performer):
             if epochs is None:
                 return removed
             near = yield from store.nearest_anywhere(embedder, vector, _NEAR, epochs, 2_000, tenant=owner, unread=True)
+            if not store.search:
+                return (yield from self._remove_near_one_by_one(vector, embedder, lowest, owner))
             keys = tuple(n.record.key for n in near if n.similarity >= lowest)
             if not keys:
                 return removed
             removed += yield from store.invalidate(Invalidation(near=keys))
             if len(keys) < _NEAR:
+                return removed
+
+    def _remove_near_one_by_one(self, vector: bytes, embedder: str, lowest: float, owner: str | None) -> Flow[int]:
+        """Look at every record of the namespace, where there is no search."""
+        store, removed, cursor = self._engine.store, 0, 0
+        while True:
+            cursor, found = yield from store.records(cursor, unread=True)
+            records = [one.record for one in found if one.alive and one.record.emb == embedder]
+            near = ranked(vector, [r for r in records if owner is None or owner in r.sets[:1]])
+            if keys := tuple(n.record.key for n in near if n.similarity >= lowest):
+                removed += yield from store.invalidate(Invalidation(near=keys))
+            if not cursor:
                 return removed
 
     def _opting(self, told: dict[str, Any], *, out: bool) -> Flow[int]:

@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from langchain_aegis.entries import Record, unseal
+from langchain_aegis.entries import Record, claimed, in_order, unseal_values
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flows import Flow
 from langchain_aegis.notices import warn_once
@@ -104,10 +104,14 @@ class Namespace:
         self._seen_s = 0.0
         self._marks: tuple[tuple[str, int], dict[str, int]] = ("", 0), {}  # see `_source_marks`
 
-    def records(self, cursor: int = 0) -> Flow[tuple[int, list[Listed]]]:
+    def records(self, cursor: int = 0, *, unread: bool = False) -> Flow[tuple[int, list[Listed]]]:
         """Return some records of the namespace, and where to go on; 0: that was all, and 0 to begin.
 
         A record that is there throughout is returned, perhaps twice. Raises ResponseError if Redis refuses.
+
+        Args:
+            cursor: Where to go on.
+            unread: Also those that this process cannot read, as they say themselves: another one may serve them.
         """
         pattern = re.sub(r"([*?\[\]\\^])", r"\\\1", f"{self.prefix}e:") + "*"
         (reply,) = yield Commands((("SCAN", cursor, "MATCH", pattern, "COUNT", 200),))
@@ -119,7 +123,10 @@ class Namespace:
         epochs = self._read_epochs(told)
         records = []
         for name, fields in zip(names, stored, strict=True):
-            record = unseal(as_pairs(fields), self._seal) if fields and not isinstance(fields, Exception) else None
+            if not fields or isinstance(fields, Exception):
+                continue
+            values = in_order(as_pairs(fields))
+            record = unseal_values(values, self._seal) or (claimed(values) if unread else None)
             if record is not None and name == self._entry(record.key):
                 records.append(record)
         if epochs is None:

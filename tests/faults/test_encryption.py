@@ -248,6 +248,28 @@ def test_what_another_host_signs_with_a_key_or_encryption_of_its_own_is_invalida
         hosts[0].clear()
 
 
+@pytest.mark.row(16)
+@WAYS
+def test_where_there_is_no_search_an_invalidation_by_nearness_looks_at_every_entry(plain_server, new_cache, awaited):
+    def host(**keys):
+        settings = AegisSettings(**keys)
+        return new_cache(url=plain_server.unix_url, namespace="plain", settings=settings, **MEANING)
+
+    ours, theirs = host(), host(encrypt=True)
+    for tenant in ("acme", "globex"):
+        with aegis_scope(tenant=tenant):
+            taught(ours, BOOK, "28 days", awaited)
+            taught(theirs, "How long may I keep a film?", "7 days", awaited)
+            taught(ours, "What does a card cost?", "4 euros", awaited)
+    assert call(awaited, ours, "invalidate", near=NEAR_BOOK, tenant="acme") == 2
+    for tenant, book, film in (("acme", None, None), ("globex", "28 days", "7 days")):
+        with aegis_scope(tenant=tenant):
+            assert asked(ours, BOOK, awaited) == book
+            assert asked(theirs, "How long may I keep a film?", awaited) == film
+            assert asked(ours, "What does a card cost?", awaited) == "4 euros"
+    assert call(awaited, ours, "invalidate", near=NEAR_BOOK) == 2
+
+
 @pytest.mark.row(29)
 def test_what_cannot_be_read_is_never_served_however_near_it_says_that_it_is(kept):
     ours = kept(False, (FIRST,))
