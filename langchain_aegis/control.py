@@ -306,14 +306,14 @@ class Control(Performer):
     def _remove_near(self, vector: bytes, embedder: str, lowest: float, tenant: str | None) -> Flow[int]:
         store, thing = self._engine.store, self._engine.keyring.thing
         owner = thing("tenant", tenant) if tenant is not None else None
+        if not (yield from store.finds_all(embedder)):
+            return (yield from self._remove_near_one_by_one(vector, embedder, lowest, owner))
         removed = 0
         while True:
             epochs = yield from store.epochs(())
             if epochs is None:
                 return removed
             near = yield from store.nearest_anywhere(embedder, vector, _NEAR, epochs, 2_000, tenant=owner, unread=True)
-            if not store.search:
-                return (yield from self._remove_near_one_by_one(vector, embedder, lowest, owner))
             keys = tuple(n.record.key for n in near if n.similarity >= lowest)
             if not keys:
                 return removed
@@ -322,7 +322,7 @@ class Control(Performer):
                 return removed
 
     def _remove_near_one_by_one(self, vector: bytes, embedder: str, lowest: float, owner: str | None) -> Flow[int]:
-        """Look at every record of the namespace, where there is no search."""
+        """Look at every record of the namespace, where a search would not find all."""
         store, removed, cursor = self._engine.store, 0, 0
         while True:
             cursor, found = yield from store.records(cursor, unread=True)

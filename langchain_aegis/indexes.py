@@ -9,7 +9,7 @@ from langchain_aegis.flows import Flow
 from langchain_aegis.namespace import Commands, Namespace
 from langchain_aegis.nearby import ServerSearch, index
 from langchain_aegis.notices import warn_once
-from langchain_aegis.replies import error_kind, is_missing_index, is_other_index, is_unknown_command
+from langchain_aegis.replies import error_kind, is_missing_index, is_other_index, is_unknown_command, is_whole_index
 from langchain_aegis.seals import Seal
 
 SCOPE_VECTORS: Final = 2_000  # without search: so many vectors of a scope are compared, the newest
@@ -44,6 +44,13 @@ class Indexed(Namespace):
             else:
                 self.search = True
         return self.search
+
+    def finds_all(self, embedder: str) -> Flow[bool]:
+        """Return whether a search finds every record of an embedder: its index is there, and not being filled."""
+        if not (yield from self._has_search()):
+            return False
+        (told,) = yield Commands((("FT.INFO", self._index(embedder)),))
+        return is_whole_index(told)
 
     def _index_lost(self, error: Exception, embedder: str, vector: bytes) -> Flow[None]:
         """Make the index again if a search says that it is gone; what is there is indexed in the background."""

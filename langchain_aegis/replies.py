@@ -161,6 +161,15 @@ def is_other_index(told: Any, dimensions: int) -> bool:
     return any(word in expected and following != expected[word] for word, following in pairwise(words))
 
 
+def is_whole_index(told: Any) -> bool:
+    """Say whether FT.INFO describes an index that holds all that it should; no, if it does not say."""
+    if isinstance(told, Exception):
+        return False
+    words = [word.lower() for word in _words(told)]
+    said = {word: following for word, following in pairwise(words) if word in ("indexing", "percent_indexed")}
+    return said == {"indexing": "0", "percent_indexed": "1"}
+
+
 def _words(told: Any) -> Iterator[str]:
     for part in told:
         if isinstance(part, (list, tuple)):

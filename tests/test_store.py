@@ -315,6 +315,17 @@ def test_an_expired_record_is_forgotten_without_search(any_redis):
     kept.close()
 
 
+def test_whether_a_search_finds_all_is_known(kept):
+    """So that who must not overlook anything can look at every entry himself."""
+    assert kept.do(kept.store.finds_all(EMB)) is False, "nothing was indexed yet"
+    kept.put(name(1), vec=pack(direction(0)))
+    whole = wait_until(lambda: kept.do(kept.store.finds_all(EMB)) == kept.store.search or None, what="the index")
+    assert whole is True
+    if kept.store.search:
+        kept.redis.execute_command("FT.DROPINDEX", f"{kept.namespace}:{{p00}}:idx:{EMB}:v2")
+        assert kept.do(kept.store.finds_all(EMB)) is False
+
+
 def test_another_secret_is_noticed_and_its_entries_cannot_be_invalidated_from_here(kept, any_redis):
     kept.put(name(1))
     stranger = Kept(any_redis.url, seal=Seal([b"x" * 32]), fingerprint="bad", namespace=kept.namespace)

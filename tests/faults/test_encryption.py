@@ -270,6 +270,18 @@ def test_where_there_is_no_search_an_invalidation_by_nearness_looks_at_every_ent
     assert call(awaited, ours, "invalidate", near=NEAR_BOOK) == 2
 
 
+@pytest.mark.row(14)
+@WAYS
+def test_an_invalidation_by_nearness_removes_what_it_should_although_the_index_is_gone(server, kept, awaited):
+    cache = kept()
+    taught(cache, BOOK, "28 days", awaited)
+    for index in server.indexes():
+        server.client.execute_command("FT.DROPINDEX", index)
+    assert asked(cache, BOOK, awaited) == "28 days"
+    assert call(awaited, cache, "invalidate", near=NEAR_BOOK) == 1
+    assert asked(cache, BOOK, awaited) is None
+
+
 @pytest.mark.row(29)
 def test_what_cannot_be_read_is_never_served_however_near_it_says_that_it_is(kept):
     ours = kept(False, (FIRST,))
