@@ -51,6 +51,8 @@ def make_cache(redis_url):
                 "embeddings": Words(),
                 "min_similarity": 0.8,
                 "namespace": namespace,
+                "op_budget_s": 10,  # slow machines shall not make hits misses
+                "embed_budget_s": 30,
                 **more,
             }
             return stack.enter_context(AegisSemanticCache(**told))

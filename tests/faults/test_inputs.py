@@ -23,7 +23,7 @@ WAYS = pytest.mark.parametrize("way", ["invoke", "ainvoke"])
 @pytest.fixture
 def lying():
     """Answers with the last message of a request."""
-    server = LyingServer()
+    server = LyingServer(tags_aside=True)
 
     def echo(body):
         message = {"role": "assistant", "content": str(body["messages"][-1]["content"])}

@@ -34,7 +34,7 @@ LONG_S = 30.0
 
 @pytest.fixture
 def lying():
-    server = LyingServer()
+    server = LyingServer(tags_aside=True)
     yield server
     server.close()
 
