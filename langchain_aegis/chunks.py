@@ -17,7 +17,7 @@ ChunkRule = str | Callable[[str], Spans]
 QUESTION_MARK = "\ufffc"  # stands for the question while chunks are looked for
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Part:
     """A piece of text: its chunks, and what stands before, between and after them.
 

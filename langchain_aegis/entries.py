@@ -52,7 +52,7 @@ _KEPT_METADATA = frozenset(
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)  # not frozen: making one of each record that is read would take four times as long
 class Record:
     """One answer as it lies in Redis.
 

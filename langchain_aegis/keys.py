@@ -145,7 +145,7 @@ class _Reading:
         return self._ring._prompt_fields(self._messages, self.meaning().span, self._who, self._model.canonical)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Meaning:
     """The part of a key that needs the question; `span` is where it stands, even if only the exact tier applies."""
 

@@ -100,7 +100,7 @@ class Policy:
     judge_all: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Candidate:
     """A stored question that is near the one asked.
 

@@ -22,7 +22,7 @@ _DIGITS = bytes.maketrans(b"123456789", b"000000000")
 _INERT_BLOCKS = frozenset({"text", "tool_call", "tool_use", "reasoning", "thinking"})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Message:
     """One message as the model sees it.
 

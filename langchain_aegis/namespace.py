@@ -44,7 +44,7 @@ _NOTED_HERE: Final = 1_000
 _RECENT_S: Final = 1.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # as records are, not frozen
 class Commands:
     """Commands that are sent together, in one round trip; answered by a list of replies.
 

@@ -15,7 +15,7 @@ from langchain_aegis.lexicon import read
 from langchain_aegis.tasks import Exchange, ends_with_label, is_payload, is_worked_on, normal, wants_answer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Question:
     """The question and where it stands: `last[start:end] == text`, without whitespace around it."""
 

@@ -16,7 +16,7 @@ from typing import Any
 _KEPT = 1000  # plain language models look up all prompts of a batch before they store the first answer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pending:
     """A lookup whose update is still to come.
 

@@ -174,7 +174,7 @@ def _without_tagged(text: str, rules: Rules) -> str:
     return "\n".join([*kept, text[at:]])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Reading:
     """What a text says about what is to be done.
 
