@@ -28,6 +28,7 @@ from langchain_aegis.loops import PerLoop
 from langchain_aegis.notices import warn_once
 from langchain_aegis.settings import is_looked_up, redact_url
 from langchain_aegis.store import Commands
+from langchain_aegis.tls import AsyncTlsConnection, Tls, TlsConnection
 
 # Of a given client's arguments: those that would undo the tight timeouts, or that belong to its own classes.
 _NEVER_TAKEN_OVER = (
@@ -82,6 +83,7 @@ class Connections:
             "socket_connect_timeout": budget_s,
             "driver_info": None,  # saves a round trip when connecting
         }
+        self._tls = Tls({**self._told, **self._ours})
         self._lock = threading.Lock()
         self._sync: Links | None = None
         self._async: PerLoop[AsyncLinks] = PerLoop(self._make_async, AsyncLinks.aclose)
@@ -150,6 +152,7 @@ class Connections:
     def after_fork(self) -> None:
         """In the child of a fork: the connections are the parent's."""
         self._lock = threading.Lock()
+        self._tls.reset()
         self._sync = None
         self._async.forget()
 
@@ -159,6 +162,7 @@ class Connections:
             return Unavailable("unreadable" if exc.own else "redis_down")
         if isinstance(exc, AllInUse):  # those who have one will find out how Redis is
             return Unavailable("redis_slow")
+        self._tls.failed(exc)
         self.breaker.failed()
         slow = isinstance(exc, (RedisTimeoutError, TimeoutError))
         warn_once(
@@ -170,11 +174,13 @@ class Connections:
     def connecting(self) -> Callable[[], Any]:
         """Return what makes a connection of redis-py that blocks and is not connected yet."""
         arguments = {**self._told, **self._ours, "retry": Retry(NoBackoff(), 0)}
-        kind = _connection_class(arguments, redis.Connection, redis.SSLConnection, redis.UnixDomainSocketConnection)
+        kind = _connection_class(
+            arguments, redis.Connection, partial(TlsConnection, tls=self._tls), redis.UnixDomainSocketConnection
+        )
         make = partial(kind, **arguments)
         try:
             made = make()  # unconnected: only checks the arguments
-        except TypeError as exc:
+        except (TypeError, RedisError) as exc:
             raise AegisConfigError(f"redis_kwargs: {exc}") from exc
         self._by_name = is_looked_up(getattr(made, "host", None))
         return make
@@ -196,7 +202,7 @@ class Connections:
         kind = _connection_class(
             arguments,
             redis.asyncio.Connection,
-            redis.asyncio.SSLConnection,
+            partial(AsyncTlsConnection, tls=self._tls),
             redis.asyncio.UnixDomainSocketConnection,
         )
         make = partial(kind, **arguments)
@@ -226,7 +232,7 @@ def _connection_arguments(url: str, client: Any) -> dict[str, Any]:
     return told
 
 
-def _connection_class(arguments: dict[str, Any], plain: type, tls: type, unix: type) -> Any:
+def _connection_class(arguments: dict[str, Any], plain: type, tls: Any, unix: type) -> Any:
     """Choose the class by what the URL or the client asked for; drops the argument that said so."""
     told = arguments.pop("connection_class", None)
     name = told.__name__ if told is not None else ""

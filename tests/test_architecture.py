@@ -21,7 +21,7 @@ ORDER = [
     "_compat", "tuning", "messages", "lexicon", "tokens", "profiles", "verification", "tasks", "questions", "identity",
     "options", "chunks", "model_parts", "ciphers", "seals", "keys",
     "entries", "answers", "replays", "hits", "vectors",
-    "replies", "namespace", "nearby", "indexes", "scripts", "links", "store", "connections", "pushes", "sweeper",
+    "replies", "namespace", "nearby", "indexes", "scripts", "links", "store", "tls", "connections", "pushes", "sweeper",
     "writes",
     "counts", "telemetry",
     "deadlines", "attempts", "digests", "refusals", "ndjson", "client", "endpoint",

@@ -1,11 +1,16 @@
 """Over TLS only a server that shows the right certificate is told anything."""
 
+import asyncio
 import logging
+import ssl
+import time
 
 import pytest
 import redis
+from redis.asyncio.connection import RedisSSLContext
 
 from faults import certificates
+from faults.measure import SLACK, Load, slowness, standing_still
 from faults.proxy import Proxy
 
 pytestmark = pytest.mark.skipif(not certificates.possible(), reason="needs the openssl command")
@@ -107,3 +112,85 @@ def test_who_forgets_tls_gets_misses(server, over_tls, new_recorder, stored):
     assert recorder.ask(QUESTION) is False
     stored()
     assert not server.entries()
+
+
+@pytest.fixture
+def contexts(monkeypatch):
+    """The contexts that are made from now on, each a quarter of a second later than asked for."""
+    made, real = [], RedisSSLContext.get
+
+    def slowly(self):
+        if self.context is None:
+            time.sleep(0.25)
+            made.append(real(self))
+        return real(self)
+
+    monkeypatch.setattr(RedisSSLContext, "get", slowly)
+    return made
+
+
+@pytest.mark.row(18, 125)
+async def test_connecting_over_tls_never_holds_an_event_loop_up(over_tls, new_cache, new_recorder, contexts):
+    """Reading the certificates takes 50 ms, here 250: a thread does it, once for all connections."""
+    recorder = new_recorder(url=over_tls(), op_budget_s=10)
+    for number in range(4):
+        before = slowness()
+        _, still = await standing_still(recorder.aask(f"{QUESTION[:-1]} or {number}?"))
+        assert not recorder.cache._connections.breaker.open
+        await recorder.cache._connections._async.aclose()  # the next call connects again
+        if still <= 0.020 * SLACK * max(before, slowness()) and number:
+            break
+    else:
+        pytest.fail(f"the loop stood still for {still:.3f} s")
+    assert len(contexts) == 1
+    await recorder.cache.aclose()
+
+
+@pytest.mark.row(125)
+def test_all_connections_of_a_cache_share_what_they_believe(over_tls, new_recorder, contexts):
+    """Of threads and of event loops."""
+    recorder = new_recorder(url=over_tls(), op_budget_s=10)
+    Load(recorder, "threads", 8)([f"{QUESTION[:-1]} or {i}?" for i in range(16)])
+    for _ in range(3):
+        asyncio.run(recorder.aask(QUESTION))
+    assert len(contexts) == 1
+
+
+@pytest.mark.row(125)
+@pytest.mark.parametrize("awaited", [False, True])
+async def test_a_certificate_that_was_renewed_is_read_when_the_old_one_is_not_believed(
+    over_tls, shown, new_recorder, tmp_path, awaited
+):
+    """The file that names the CA is another one by now; nobody has to start the program again."""
+    ours, other = shown[0], shown[0].with_name("other.pem")
+    ca = tmp_path / "ca.pem"
+    ca.write_bytes(other.read_bytes())
+    recorder = new_recorder(url=f"{over_tls(ca=False)}?ssl_ca_certs={ca}", op_budget_s=10)
+
+    async def connects():
+        await recorder.aask(QUESTION) if awaited else recorder.ask(QUESTION)
+        return recorder.cache._connections.breaker._failed == 0
+
+    assert not await connects()
+    ca.write_bytes(ours.read_bytes())
+    recorder.cache._connections.breaker.succeeded()
+    assert await connects()
+    await recorder.cache.aclose()
+
+
+@pytest.mark.row(125)
+@pytest.mark.parametrize("awaited", [False, True])
+@pytest.mark.parametrize("told", ["?ssl_ca_certs=/nowhere/ca.pem", "?ssl_ca_data=nonsense", "?ssl_ciphers=NONE"])
+async def test_certificates_that_cannot_be_read_are_a_miss(over_tls, new_recorder, told, awaited):
+    recorder = new_recorder(url=over_tls(ca=False) + told, op_budget_s=10)
+    assert (await recorder.aask(QUESTION) if awaited else recorder.ask(QUESTION)) is False
+    assert not recorder.cache.health().redis
+    await recorder.cache.aclose()
+
+
+def test_redis_py_still_asks_what_the_shared_context_replaces():
+    """If it makes its contexts another way one day, this notices."""
+    assert callable(redis.SSLConnection._wrap_socket_with_ssl)
+    context = RedisSSLContext(cert_reqs="required", check_hostname=True)
+    context.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    assert context.get() is context.context
