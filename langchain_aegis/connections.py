@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
@@ -17,13 +18,14 @@ import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import BusyLoadingError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from langchain_aegis.breaker import Breaker, Unavailable
 from langchain_aegis.errors import AegisConfigError
-from langchain_aegis.links import AllInUse, AsyncLinks, Links, TooLarge, packed
+from langchain_aegis.links import AllInUse, AsyncLinks, Link, Links, TooLarge, packed
 from langchain_aegis.loops import PerLoop
 from langchain_aegis.notices import warn_once
 from langchain_aegis.settings import is_looked_up, redact_url
@@ -37,6 +39,9 @@ _NEVER_TAKEN_OVER = (
 )  # fmt: skip
 _BESIDE_ANSWER = 2 * 1024 * 1024  # bytes of an entry beside its answer, far more than there are
 _BESIDE_ANSWERS = 20 * 1024 * 1024  # of a reply to a search; where there is none, it holds 2,000 vectors
+_FIRST_PROBE_S = 1.0  # so long one that has gone is left alone ...
+_PROBE_S = 5.0  # ... and then tried no more often than this; it may take as long to answer
+_ASK_AGAIN_S = 0.1  # after so long, if it was late or is still loading
 _SCHEMES = ("redis://", "rediss://", "unix://")
 
 
@@ -69,7 +74,7 @@ class Connections:
         max_entry_bytes: int = 1024 * 1024,
         k: int = 5,
     ) -> None:
-        self.breaker = Breaker()
+        self.breaker = self._new_breaker()
         self._budget_s = budget_s
         self._size = max_connections
         # More is not read of what Redis answers: it is none of ours.
@@ -85,6 +90,7 @@ class Connections:
         }
         self._tls = Tls({**self._told, **self._ours})
         self._lock = threading.Lock()
+        self._probing: Any = None  # the connection over which it is tried whether Redis is back
         self._sync: Links | None = None
         self._async: PerLoop[AsyncLinks] = PerLoop(self._make_async, AsyncLinks.aclose)
         _living.add(self)
@@ -143,6 +149,9 @@ class Connections:
             links, self._sync = self._sync, None
         if links is not None:
             links.close()
+        probing, self._probing = self._probing, None
+        if probing is not None:
+            probing.disconnect()  # ends it
 
     async def aclose(self) -> None:
         """Close the connections of this event loop, and those of all threads."""
@@ -152,6 +161,7 @@ class Connections:
     def after_fork(self) -> None:
         """In the child of a fork: the connections are the parent's."""
         self._lock = threading.Lock()
+        self.breaker, self._probing = self._new_breaker(), None
         self._tls.reset()
         self._sync = None
         self._async.forget()
@@ -171,9 +181,42 @@ class Connections:
         )
         return Unavailable("redis_slow" if slow else "redis_down")
 
-    def connecting(self) -> Callable[[], Any]:
-        """Return what makes a connection of redis-py that blocks and is not connected yet."""
-        arguments = {**self._told, **self._ours, "retry": Retry(NoBackoff(), 0)}
+    def _new_breaker(self) -> Breaker:
+        return Breaker(pause_s=_FIRST_PROBE_S, probe=self._probe, again_s=_PROBE_S)
+
+    def _probe(self) -> None:
+        """Have a thread find out whether Redis is back; no caller waits for that."""
+        try:
+            threading.Thread(target=self._try, name="aegis-probe", daemon=True).start()
+        except RuntimeError:  # the interpreter is about to end
+            self.breaker.tried(False)
+
+    def _try(self) -> None:
+        breaker, well = self.breaker, False
+        try:
+            self._probing = made = self.connecting({"socket_timeout": _PROBE_S, "socket_connect_timeout": _PROBE_S})()
+            link = Link(made)
+            until_s = time.monotonic() + _PROBE_S
+            while self._probing is made and (began_s := time.monotonic()) < until_s:
+                (reply,) = link.ask(packed([("PING",)]), 1, None, until_s)
+                refused = isinstance(reply, RedisConnectionError)  # it is locked, full, or loading
+                well = not refused and time.monotonic() - began_s <= self._budget_s
+                if well or (refused and not isinstance(reply, BusyLoadingError)):
+                    break
+                time.sleep(_ASK_AGAIN_S)
+            link.close()
+        except Exception as exc:  # whatever it is: Redis is not back
+            self._tls.failed(exc)
+        finally:
+            breaker.tried(well)
+
+    def connecting(self, other: Mapping[str, Any] | None = None) -> Callable[[], Any]:
+        """Return what makes a connection of redis-py that blocks and is not connected yet.
+
+        Args:
+            other: Arguments that differ from those of the connections for calls.
+        """
+        arguments = {**self._told, **self._ours, "retry": Retry(NoBackoff(), 0), **(other or {})}
         kind = _connection_class(
             arguments, redis.Connection, partial(TlsConnection, tls=self._tls), redis.UnixDomainSocketConnection
         )

@@ -1,6 +1,7 @@
 """Redis may be away, frozen, full, read-only, locked or emptied: no call fails, and hardly one waits."""
 
 import asyncio
+import contextlib
 import logging
 import socket
 import threading
@@ -24,11 +25,12 @@ from faults.measure import (
     within,
 )
 from faults.recorder import Recorder, Seen, Speaking, questions
-from faults.watch import no_tasks_left
+from faults.watch import no_tasks_left, nothing_left
 from langchain_aegis import AegisSemanticCache
 from langchain_aegis.breaker import Breaker
 
 ASKED = questions(40)
+PROBE_S = 5.0  # from one probe to the next
 HOW = pytest.mark.parametrize("how", ["tasks", "threads"])
 # Sixty-four threads on two cores take their time.
 HOW_MANY = pytest.mark.parametrize("how", ["tasks", pytest.param("threads", marks=pytest.mark.slow)])
@@ -144,19 +146,66 @@ def test_a_redis_that_says_nothing_costs_a_tenth_of_a_second_and_then_nothing(se
 
 
 @pytest.mark.row(20)
+@HOW_MANY
 @pytest.mark.slow
-def test_while_redis_is_frozen_one_call_a_second_tries(server, proxy, new_recorder):
-    recorder = new_recorder(url=proxy.url, **PRODUCTION)
-    load = Load(recorder, "threads", at_once=16)
-    load(questions(16))
+def test_while_redis_is_away_one_probe_in_five_seconds_tries_and_no_caller_waits(server, proxy, new_recorder, how):
+    """The network resets what comes, then takes it again: the first probe that is answered ends it."""
+    load = Load(new_recorder(url=proxy.url, **PRODUCTION), how, at_once=64)
+    load(questions(64))
+    connections = load.recorder.cache._connections
+    proxy.down.reset, proxy.down.cut_after = True, 0
+    load(questions(64))
+    assert connections.breaker.open
+    before, began, waited = proxy.made, time.monotonic(), reasons(load.recorder)
+    while (took := time.monotonic() - began) < 11:
+        load(questions(64))
+    assert 1 <= proxy.made - before <= took / PROBE_S + 1
+    assert reasons(load.recorder).get("redis_slow", 0) == waited.get("redis_slow", 0)
+    proxy.heal()
+    assert hits_again(load, time.monotonic()) <= HITS_AGAIN_S
+
+
+@pytest.mark.row(3, 20)
+@pytest.mark.slow
+def test_a_redis_that_thaws_is_asked_again_at_once(server, new_recorder):
+    """What was asked while it was frozen is answered then; it need not be asked anew five seconds later."""
+    recorder = new_recorder(url=server.url, **PRODUCTION)
+    breaker, clock = recorder.cache._connections.breaker, [0.0]
+    breaker._clock = lambda: clock[0]
     with server.frozen():
-        load(questions(100))
-        assert recorder.cache._connections.breaker.open
-        before, began = reasons(recorder)["redis_slow"], time.monotonic()
-        while time.monotonic() - began < 2.2:
-            load(questions(50))
-        took = time.monotonic() - began
-    assert 1 <= reasons(recorder)["redis_slow"] - before <= took + 1
+        while not breaker.open:
+            recorder.ask("Why?")
+        clock[0] += PROBE_S
+        for _ in range(20):
+            recorder.ask("Why?")
+        assert [breaker.allow() for _ in range(20)] == [False] * 20
+        clock[0] += 10 * PROBE_S  # one at a time, however long it takes
+        probes = [t for t in threading.enumerate() if t.name == "aegis-probe"]
+        assert not breaker.allow()
+        assert [t for t in threading.enumerate() if t.name == "aegis-probe"] == probes
+    wait_until(lambda: not breaker.open)
+    assert breaker.allow()
+
+
+@pytest.mark.row(20)
+@pytest.mark.parametrize("fault", ["gone", "frozen", "locked"])
+def test_a_probe_ends_with_its_cache_and_leaves_nothing(server, new_cache, fault):
+    cache = new_cache(url=server.url, **PRODUCTION)
+    breaker = cache._connections.breaker
+    if fault == "gone":
+        server.kill()
+    elif fault == "locked":
+        server.client.config_set("requirepass", "s3cret")
+    with nothing_left(), server.frozen() if fault == "frozen" else contextlib.nullcontext():
+        for _ in range(5):
+            breaker.failed()
+        breaker._next_try = 0.0
+        assert not breaker.allow()
+        if fault == "frozen":
+            wait_until(lambda: cache._connections._probing)
+        cache.close()
+        wait_until(lambda: not breaker._trying, 3)
+        assert breaker.open
 
 
 @pytest.mark.row(20)
