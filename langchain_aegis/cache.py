@@ -92,10 +92,13 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
         repeats: A text that was answered by meaning and is asked again gets an answer of its own, which serves exact
             repeats from then on, so that a wrong hit is never served twice. "auto": if the stored question differs in
             more than words such as "the", inflection and synonyms; "ask": always; "serve": never.
+        validate: Look at Redis now, as the method of this name does, and raise what it raises. On an event loop,
+            `await cache.avalidate()` instead.
         settings: Defaults for all of the above.
 
     Raises:
         AegisConfigError: An argument cannot be used; the message says what to write instead.
+        AegisConnectionError: With `validate`: Redis does not answer.
     """
 
     def __init__(
@@ -141,6 +144,7 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
         lease_s: float = 0,
         lease_wait_s: float = 10,
         repeats: Literal["auto", "serve", "ask"] = "auto",
+        validate: bool = False,
         settings: AegisSettings | None = None,
     ) -> None:
         self.settings = checked_settings(
@@ -192,6 +196,12 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
             _verifier(verifier, verifier_budget_s),
         )
         self._judged: dict[str, bytes] = {}
+        if validate:
+            try:
+                self.validate()
+            except BaseException:
+                self.close()
+                raise
 
     # -- what LangChain calls -------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from langchain_aegis.flows import Flow, arun, run
 from langchain_aegis.keys import Key
 from langchain_aegis.lookup import Lookup, Work, embed, guard_codes
 from langchain_aegis.nearby import ranked
-from langchain_aegis.performer import Performer
+from langchain_aegis.performer import Performer, unfit
 from langchain_aegis.questions import exact_only_reason
 from langchain_aegis.replays import dumped
 from langchain_aegis.reports import read_lookup_id
@@ -248,6 +248,30 @@ class Control(Performer):
             held = None
         return self._health(held)
 
+    def validate(self) -> None:
+        """Look whether Redis can be used as it is, for those who want to know before the first call; writes nothing.
+
+        Without it, all that it raises is a warning at the first call, and every call is a miss.
+
+        Raises:
+            AegisConfigError: Redis refuses the user or the password, or what the cache needs; its certificate is not
+                believed; it is a node of a Cluster; another index has the name of ours; the namespace was written with
+                another secret.
+            AegisConnectionError: Redis does not answer.
+        """
+        try:
+            run(self._checking(), self._perform)
+        except (Unavailable, RedisError) as exc:
+            raise unfit(exc) from exc
+
+    async def avalidate(self) -> None:
+        """Like `validate`, without blocking the event loop."""
+        try:
+            await arun(self._engine.ready(), self._aperform)
+            await arun(self._checking(), self._aperform)
+        except (Unavailable, RedisError) as exc:
+            raise unfit(exc) from exc
+
     def entries(self) -> Iterator[Entry]:
         """Yield every stored answer that can be served, without its text, in no particular order.
 
@@ -292,6 +316,14 @@ class Control(Performer):
             count = yield from self._remove_near(vector, embedder, lowest, told["tenant"])
         self._sweep()
         return count
+
+    def _checking(self) -> Flow[None]:
+        yield from self._engine.store.check("", 0)  # before an embedder is waited for
+        found = Lookup(Key("", "", "What is checked?", None, (), "", None, False))
+        if not self._engine.embedder.missing:
+            yield from embed(found, self._engine.policy(), b"")
+        if found.vector:
+            yield from self._engine.store.check(found.embedder, len(found.vector) // 2)
 
     def _embedded(self, question: str) -> Flow[tuple[bytes, str, float]]:
         found = Lookup(Key("", "", question.strip(), None, (), "", None, False))

@@ -5,14 +5,27 @@ from __future__ import annotations
 import time
 from typing import Final
 
+from redis.exceptions import NoPermissionError
+
+from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flows import Flow
 from langchain_aegis.namespace import Commands, Namespace
 from langchain_aegis.nearby import ServerSearch, index
 from langchain_aegis.notices import warn_once
-from langchain_aegis.replies import error_kind, is_missing_index, is_other_index, is_unknown_command, is_whole_index
+from langchain_aegis.replies import (
+    as_text,
+    error_kind,
+    is_missing_index,
+    is_other_index,
+    is_unknown_command,
+    is_whole_index,
+    raise_error,
+)
 from langchain_aegis.seals import Seal
 
 SCOPE_VECTORS: Final = 2_000  # without search: so many vectors of a scope are compared, the newest
+_FOREIGN: Final = "another index has the name of ours, and is left as it is"
+_REMOVE: Final = "Remove it, or choose another namespace"
 _MAKING_S: Final = 1.0  # so long one caller alone makes an index that is gone ...
 _MADE_S: Final = 0.1  # ... and so long after that others still hear that it is: they asked before
 
@@ -30,6 +43,31 @@ class Indexed(Namespace):
         self._indexes: set[str] = set()  # those known to exist
         self._making: dict[str, float] = {}  # until when those that are gone are somebody's to make, monotonic
         self._server_search = ServerSearch()
+
+    def check(self, embedder: str, dimensions: int) -> Flow[None]:
+        """Look whether this Redis can be used as it is; nothing is written.
+
+        Args:
+            embedder: Id of the embedder, or "" if there is none.
+            dimensions: Of its vectors.
+
+        Raises:
+            AegisConfigError: It cannot, and waiting would not help; the message says why.
+            ResponseError: Redis refused for another reason.
+        """
+        yield Commands((("PING",),))  # to what is longer, a server that wants a password may answer otherwise
+        yield from self._check_secret()
+        (names,) = yield Commands((("FT._LIST",),))
+        if isinstance(names, Exception):
+            return  # the exact tier needs no search, and the other one does without
+        ours = {as_text(name) for name in names if as_text(name).startswith(f"{self.prefix}idx:")}
+        for name in sorted(ours):
+            (told,) = yield Commands((("FT.INFO", name),))
+            if isinstance(told, NoPermissionError):
+                raise_error(told)
+            known = dimensions if embedder and name == self._index(embedder) else None
+            if is_other_index(told, known, f"{self.prefix}e:"):
+                raise AegisConfigError(f"{_FOREIGN} ({name}). {_REMOVE}")
 
     def _has_search(self) -> Flow[bool]:
         if self.search is None:
@@ -81,12 +119,8 @@ class Indexed(Namespace):
         elif "already exists" in str(reply).lower():
             self._indexes.add(embedder)
             (told,) = yield Commands((("FT.INFO", self._index(embedder)),))
-            if is_other_index(told, dimensions):
-                warn_once(
-                    "foreign_index",
-                    "another index has the name of ours, and is left as it is: only exact repeats are answered. Remove "
-                    "it, or choose another namespace",
-                )
+            if is_other_index(told, dimensions, f"{self.prefix}e:"):
+                warn_once("foreign_index", f"{_FOREIGN}: only exact repeats are answered. {_REMOVE}")
         elif is_unknown_command(reply):
             self._forget_server()
         else:

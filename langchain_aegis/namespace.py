@@ -36,9 +36,13 @@ from langchain_aegis.entries import Record, claimed, in_order, unseal_values
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.flows import Flow
 from langchain_aegis.notices import warn_once
-from langchain_aegis.replies import Epochs, Listed, as_pairs, as_text, raise_error
+from langchain_aegis.replies import Epochs, Listed, as_pairs, as_text, is_of_cluster, raise_error
 from langchain_aegis.seals import Seal
 
+OF_CLUSTER: Final = (
+    "this Redis is a node of a Cluster, which sends us to others, and the cache speaks to one server; give it one that "
+    "is no node (redis_url, or redis=)"
+)
 _MARKS_KEPT: Final = 20_000
 _NOTED_HERE: Final = 1_000
 _RECENT_S: Final = 1.0
@@ -167,7 +171,10 @@ class Namespace:
         self._seen_s = time.monotonic()
         if told == self._told[0]:  # as the last time, as a rule
             return self._told[1]
-        if isinstance(told, Exception) or told[0] is None:
+        if isinstance(told, Exception):
+            self._is_of_cluster(told)
+            return None
+        if told[0] is None:
             return None
         try:
             clock, source, before, before_tenant = (int(told[i] or 0) for i in (1, 2, 6, 7))
@@ -188,6 +195,12 @@ class Namespace:
         self._told = told, epochs
         return epochs
 
+    def _is_of_cluster(self, reply: Exception) -> bool:
+        """Say whether an error reply is that of a node of a Cluster, and tell the user what to do then."""
+        if found := is_of_cluster(reply):
+            warn_once("cluster", f"{OF_CLUSTER}; until then its answers are not cached")
+        return found
+
     def _birth(self) -> tuple[str, str]:
         """Return the incarnation and the fingerprint that a namespace gets if it has none."""
         return secrets.token_hex(8), self._fingerprint
@@ -206,6 +219,7 @@ class Namespace:
 
     def _check_secret(self) -> Flow[None]:
         (told,) = yield Commands((self._ask(()),))
+        raise_error(told)
         self._refuse_other_secret(told)
 
     def _refuse_other_secret(self, told: Any) -> None:

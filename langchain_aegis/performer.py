@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import ssl
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,17 +13,19 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 from typing import Any, TypeVar
 
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, AuthorizationError, RedisError, ResponseError
 
 from langchain_aegis.breaker import Unavailable
 from langchain_aegis.connections import Connections
 from langchain_aegis.digests import AskServer
 from langchain_aegis.engine import Engine
-from langchain_aegis.errors import AegisConfigError, AegisConnectionError
+from langchain_aegis.errors import AegisConfigError, AegisConnectionError, AegisError
 from langchain_aegis.flows import Flow, Settle, arun, run
 from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.lookup import Aside, Begun, Embed, Verify, Wait, Work
+from langchain_aegis.namespace import OF_CLUSTER
 from langchain_aegis.notices import logger, warn_once
+from langchain_aegis.replies import error_kind, is_of_cluster
 from langchain_aegis.store import Commands
 from langchain_aegis.sweeper import the_sweeper
 from langchain_aegis.updates import Later
@@ -202,6 +205,24 @@ def _where(exc: Exception) -> str:
         trace = trace.tb_next
     place = f" in {trace.tb_frame.f_code.co_name}, line {trace.tb_lineno}" if trace is not None else ""
     return f"{type(exc).__name__}{place}"
+
+
+def unfit(exc: Exception) -> AegisError:
+    """Return what to raise where Redis was looked at and an error came of it."""
+    seen: BaseException | None = exc
+    while seen is not None:
+        kind = type(seen).__name__
+        if isinstance(seen, (AuthenticationError, AuthorizationError)):
+            return AegisConfigError(f"Redis refuses the user or the password, or wants one ({kind}): see redis_url")
+        if isinstance(seen, ssl.SSLError):
+            return AegisConfigError(f"no TLS with this Redis ({kind}): see rediss:// and ssl_ca_certs in redis_url")
+        if isinstance(seen, ResponseError):
+            if is_of_cluster(seen):
+                return AegisConfigError(OF_CLUSTER)
+            return AegisConfigError(f"Redis does not do what the cache needs ({error_kind(seen)}): see `aegis doctor`")
+        seen = seen.__cause__ or seen.__context__
+    reason = exc.reason if isinstance(exc, Unavailable) else type(exc).__name__
+    return AegisConnectionError(f"Redis does not answer ({reason})")
 
 
 def _not_done(exc: Exception) -> AegisConnectionError:

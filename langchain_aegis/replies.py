@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
-from redis.exceptions import NoPermissionError, ResponseError
+from redis.exceptions import (
+    AskError,
+    ClusterCrossSlotError,
+    ClusterDownError,
+    MasterDownError,
+    NoPermissionError,
+    ResponseError,
+    TryAgainError,
+)
 
 from langchain_aegis.entries import Record
 from langchain_aegis.profiles import Profile
@@ -147,17 +155,20 @@ def is_unknown_command(error: Exception) -> bool:
     return isinstance(error, ResponseError) and "unknown command" in str(error).lower()
 
 
-def is_other_index(told: Any, dimensions: int) -> bool:
-    """Say whether FT.INFO describes an index of other vectors than ours; no, if it does not say.
+def is_other_index(told: Any, dimensions: int | None, start: str) -> bool:
+    """Say whether FT.INFO describes an index of other vectors or records than ours; no, if it does not say.
 
     Args:
         told: Its reply.
-        dimensions: Of our vectors.
+        dimensions: Of our vectors; None: of any number.
+        start: What the names of our records begin with.
     """
     if isinstance(told, Exception):
         return False
     words = [word.lower() for word in _words(told)]
-    expected = {"dim": str(dimensions), "data_type": "float16", "distance_metric": "cosine"}
+    expected = {"data_type": "float16", "distance_metric": "cosine", "prefixes": start.lower()}
+    if dimensions is not None:
+        expected["dim"] = str(dimensions)
     return any(word in expected and following != expected[word] for word, following in pairwise(words))
 
 
@@ -168,6 +179,12 @@ def is_whole_index(told: Any) -> bool:
     words = [word.lower() for word in _words(told)]
     said = {word: following for word, following in pairwise(words) if word in ("indexing", "percent_indexed")}
     return said == {"indexing": "0", "percent_indexed": "1"}
+
+
+def is_of_cluster(error: object) -> bool:
+    """Say whether an error reply is one of a node of a Cluster, which has others do what it was asked."""
+    kinds = (AskError, TryAgainError, ClusterDownError, ClusterCrossSlotError)
+    return isinstance(error, kinds) and not isinstance(error, MasterDownError)
 
 
 def _words(told: Any) -> Iterator[str]:

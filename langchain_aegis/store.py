@@ -251,9 +251,10 @@ class Store(Indexed):
             )
         )  # fmt: skip
         if isinstance(reply, Exception):
-            warn_once(
-                "store_refused", f"Redis refused to store an answer ({error_kind(reply)}); answers are not cached"
-            )
+            if not self._is_of_cluster(reply):
+                warn_once(
+                    "store_refused", f"Redis refused to store an answer ({error_kind(reply)}); answers are not cached"
+                )
             return "failed"
         return str(as_text(reply))
 

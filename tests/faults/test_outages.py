@@ -26,7 +26,7 @@ from faults.measure import (
 )
 from faults.recorder import Recorder, Seen, Speaking, questions
 from faults.watch import no_tasks_left, nothing_left
-from langchain_aegis import AegisSemanticCache
+from langchain_aegis import AegisConfigError, AegisConnectionError, AegisError, AegisSemanticCache
 from langchain_aegis.breaker import Breaker
 
 ASKED = questions(40)
@@ -332,9 +332,47 @@ def test_a_password_that_is_missing_or_wrong_is_a_miss_and_one_warning(server, n
     (said,) = {r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING}
     assert said.startswith("redis_unavailable") and "aegis doctor" in said
     assert "canary" not in caplog.text and "wrong" not in caplog.text.replace("went wrong", "")
-    right = Load(new_recorder(url=server.url.replace("//", "//:s3cret-canary@")), how)
+    with pytest.raises(AegisConfigError, match="password") as caught:
+        AegisSemanticCache(server.url.replace("//", f"//{told}"), validate=True)
+    assert "canary" not in str(caught.value) and "wrong" not in str(caught.value)
+    right = Load(new_recorder(url=server.url.replace("//", "//:s3cret-canary@"), validate=True), how)
     right(ASKED)
     wait_until(lambda: right(ASKED).hits == len(ASKED))
+
+
+@pytest.mark.row(9)
+@pytest.mark.parametrize("awaited", [False, True])
+async def test_who_wants_to_know_at_once_is_told_what_is_wrong(server, new_cache, caplog, awaited):
+    """A password that is missing, one that was changed later, rights that are missing, no server; then all is well."""
+
+    async def told(cache):
+        try:
+            await cache.avalidate() if awaited else cache.validate()
+        except AegisError as exc:
+            return type(exc), str(exc)
+        finally:
+            await cache.aclose()
+        return None
+
+    cache = new_cache(url=server.url)
+    assert await told(cache) is None
+    assert not server.entries() and not server.client.keys("*")  # nothing was written
+    server.client.config_set("requirepass", "s3cret")
+    kind, said = await told(cache)
+    assert kind is AegisConfigError and "password" in said
+    server.client.config_set("requirepass", "")
+    server.client.execute_command("ACL", "SETUSER", "poor", "on", ">poor", "~none:*", "+@all")
+    try:
+        kind, said = await told(new_cache(url=server.url.replace("//", "//poor:poor@")))
+        assert kind is AegisConfigError and "NOPERM" in said
+        kind, said = await told(new_cache(url=server.url.replace("//", "//poor:other@")))
+        assert kind is AegisConfigError and "password" in said
+    finally:
+        server.client.execute_command("ACL", "DELUSER", "poor")
+    assert await told(cache) is None
+    server.kill()
+    kind, said = await told(cache)
+    assert kind is AegisConnectionError and "does not answer" in said
 
 
 @pytest.mark.row(11)
@@ -551,7 +589,43 @@ def test_a_foreign_index_under_our_name_is_not_touched_and_serves_nothing_wrong(
     assert again.ask("What is the fee of the yellow item please?") is True
     info = server.client.execute_command("FT.INFO", name)
     assert b"FLOAT32" in str(info).encode()
-    assert any("index" in r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING)
+    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(said) == 1 and said[0].startswith("foreign_index")
+
+
+@pytest.mark.row(15)
+@pytest.mark.parametrize("other", ["dimensions", "metric", "numbers", "names", "of another embedder"])
+@pytest.mark.parametrize("way", ["constructor", "blocking", "awaited"])
+def test_a_foreign_index_under_our_name_is_said_at_once_to_who_asks(
+    server, new_recorder, new_cache, stored, other, way
+):
+    """It is refused, and never written over."""
+    told = {"url": server.url, "embeddings": Words(), "min_similarity": 0.6, "namespace": "foreign"}
+    recorder = new_recorder(**told)
+    recorder.ask("What is the fee of the yellow item?")
+    stored()
+    (name,) = server.indexes()
+    recorder.cache.validate()
+    server.client.execute_command("FT.DROPINDEX", name)
+    if other == "of another embedder":
+        name = "foreign:{p00}:idx:00000000:v2"
+    kind = "FLOAT32" if other == "numbers" else "FLOAT16"
+    server.client.execute_command(
+        "FT.CREATE", name, "ON", "HASH", "PREFIX", 1, "x:" if other == "names" else "foreign:{p00}:e:", "SCHEMA",
+        "scope", "TAG", "CASESENSITIVE", "vec", "VECTOR", "HNSW", 6, "TYPE", kind,
+        "DIM", 7 if other == "dimensions" else 512,
+        "DISTANCE_METRIC", "L2" if other in ("metric", "of another embedder") else "COSINE",
+    )  # fmt: skip
+    before = server.client.execute_command("FT.INFO", name)
+    with pytest.raises(AegisConfigError, match="another index"):
+        if way == "constructor":
+            AegisSemanticCache(server.url, Words(), namespace="foreign", validate=True)
+        elif way == "blocking":
+            new_cache(**told).validate()
+        else:
+            asyncio.run(new_cache(**told).avalidate())
+    after = server.client.execute_command("FT.INFO", name)
+    assert before[:6] == after[:6]
 
 
 @pytest.mark.row(3)
