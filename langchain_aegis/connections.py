@@ -18,7 +18,7 @@ import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
-from redis.exceptions import BusyLoadingError, RedisError
+from redis.exceptions import BusyLoadingError, ReadOnlyError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
@@ -28,6 +28,14 @@ from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.links import AllInUse, AsyncLinks, Link, Links, TooLarge, packed
 from langchain_aegis.loops import PerLoop
 from langchain_aegis.notices import warn_once
+from langchain_aegis.sentinels import (
+    AsyncSoughtConnection,
+    AsyncSoughtTlsConnection,
+    Seeker,
+    SoughtConnection,
+    SoughtTlsConnection,
+    is_sentinel_pool,
+)
 from langchain_aegis.settings import is_looked_up, redact_url
 from langchain_aegis.store import Commands
 from langchain_aegis.tls import AsyncTlsConnection, Tls, TlsConnection
@@ -50,7 +58,8 @@ class Connections:
 
     Args:
         url: `redis://`, `rediss://` or `unix://`.
-        client: Use this client's server and credentials instead (a `redis.Redis` or `redis.asyncio.Redis`).
+        client: Use this client's server and credentials instead (a `redis.Redis` or `redis.asyncio.Redis`; what
+            `Sentinel.master_for` made leads to whichever server is the master).
         budget_s: How long one round trip may take; a slower one counts as a fault.
         kwargs: Further arguments of redis-py's connections.
         max_connections: For all threads together; an event loop needs one.
@@ -80,7 +89,7 @@ class Connections:
         # More is not read of what Redis answers: it is none of ours.
         self._largest_entry = _BESIDE_ANSWER + max_entry_bytes
         self._largest = _BESIDE_ANSWERS + k * max_entry_bytes
-        self._told = {**_connection_arguments(url, client), **(kwargs or {})}
+        self._told = {**_connection_arguments(url, client, budget_s), **(kwargs or {})}
         self._ours: dict[str, Any] = {
             "decode_responses": False,
             "protocol": 2,  # with 3, raw replies of FT.SEARCH change their shape
@@ -88,12 +97,15 @@ class Connections:
             "socket_connect_timeout": budget_s,
             "driver_info": None,  # saves a round trip when connecting
         }
+        self._sought = "seek" in self._told
         self._tls = Tls({**self._told, **self._ours})
         self._lock = threading.Lock()
         self._probing: Any = None  # the connection over which it is tried whether Redis is back
         self._sync: Links | None = None
         self._async: PerLoop[AsyncLinks] = PerLoop(self._make_async, AsyncLinks.aclose)
         _living.add(self)
+        if self._sought:
+            self._told["seek"].moved = self._moved
         self._make_sync()  # a wrong argument is said now; nothing is connected
 
     def perform(self, step: Commands) -> list[Any]:
@@ -128,6 +140,8 @@ class Connections:
         except (RedisError, hiredis.HiredisError, OSError) as exc:
             raise self._unavailable(exc) from exc
         self.breaker.succeeded()
+        if self._sought and _of_a_replica(replies):
+            self._drop(links)  # another is the master by now
         return replies
 
     async def aask(
@@ -141,17 +155,29 @@ class Connections:
         except (RedisError, hiredis.HiredisError, OSError) as exc:
             raise self._unavailable(exc) from exc
         self.breaker.succeeded()
+        if self._sought and _of_a_replica(replies):
+            await self._async.get().aclose()
         return replies
 
     def close(self) -> None:
         """Close the connections of all threads; a later call opens new ones."""
-        with self._lock:
-            links, self._sync = self._sync, None
-        if links is not None:
-            links.close()
+        self._drop(self._sync)
         probing, self._probing = self._probing, None
         if probing is not None:
             probing.disconnect()  # ends it
+
+    def _drop(self, links: Links | None) -> None:
+        with self._lock:
+            if self._sync is links:
+                self._sync = None
+        if links is not None:
+            links.close()
+
+    def _moved(self) -> None:
+        """Leave the old master, wherever it is still spoken to."""
+        self._drop(self._sync)
+        for links in self._async.values():
+            links.leave()
 
     async def aclose(self) -> None:
         """Close the connections of this event loop, and those of all threads."""
@@ -194,9 +220,13 @@ class Connections:
     def _try(self) -> None:
         breaker, well = self.breaker, False
         try:
-            self._probing = made = self.connecting({"socket_timeout": _PROBE_S, "socket_connect_timeout": _PROBE_S})()
+            # Another may be the master before one that is frozen goes on.
+            patience_s = _FIRST_PROBE_S if self._sought else _PROBE_S
+            self._probing = made = self.connecting(
+                {"socket_timeout": patience_s, "socket_connect_timeout": patience_s}
+            )()
             link = Link(made)
-            until_s = time.monotonic() + _PROBE_S
+            until_s = time.monotonic() + patience_s
             while self._probing is made and (began_s := time.monotonic()) < until_s:
                 (reply,) = link.ask(packed([("PING",)]), 1, None, until_s)
                 refused = isinstance(reply, RedisConnectionError)  # it is locked, full, or loading
@@ -218,7 +248,10 @@ class Connections:
         """
         arguments = {**self._told, **self._ours, "retry": Retry(NoBackoff(), 0), **(other or {})}
         kind = _connection_class(
-            arguments, redis.Connection, partial(TlsConnection, tls=self._tls), redis.UnixDomainSocketConnection
+            arguments,
+            SoughtConnection if self._sought else redis.Connection,
+            partial(SoughtTlsConnection if self._sought else TlsConnection, tls=self._tls),
+            redis.UnixDomainSocketConnection,
         )
         make = partial(kind, **arguments)
         try:
@@ -244,15 +277,15 @@ class Connections:
         arguments = {**self._told, **self._ours, "retry": AsyncRetry(NoBackoff(), 0)}
         kind = _connection_class(
             arguments,
-            redis.asyncio.Connection,
-            partial(AsyncTlsConnection, tls=self._tls),
+            AsyncSoughtConnection if self._sought else redis.asyncio.Connection,
+            partial(AsyncSoughtTlsConnection if self._sought else AsyncTlsConnection, tls=self._tls),
             redis.asyncio.UnixDomainSocketConnection,
         )
         make = partial(kind, **arguments)
         return AsyncLinks(lambda: self._watched(make()), self._budget_s)
 
 
-def _connection_arguments(url: str, client: Any) -> dict[str, Any]:
+def _connection_arguments(url: str, client: Any, budget_s: float) -> dict[str, Any]:
     if client is None:
         if not url.startswith(_SCHEMES):
             raise AegisConfigError(
@@ -263,16 +296,23 @@ def _connection_arguments(url: str, client: Any) -> dict[str, Any]:
         except ValueError as exc:
             raise AegisConfigError(f"redis_url cannot be read: {redact_url(url)!r}") from exc
     pool = getattr(client, "connection_pool", None)
-    kinds = (redis.ConnectionPool, redis.asyncio.ConnectionPool)
-    if not isinstance(pool, kinds) or "Sentinel" in type(pool).__name__:
+    if not isinstance(pool, (redis.ConnectionPool, redis.asyncio.ConnectionPool)):
         raise AegisConfigError(
-            "redis must be a redis.Redis or redis.asyncio.Redis client of one server; or give redis_url"
+            "redis must be a redis.Redis or redis.asyncio.Redis client of one server, or one that Sentinel.master_for "
+            "made; or give redis_url"
         )
     told = dict(pool.connection_kwargs)
+    if is_sentinel_pool(pool):
+        told.pop("connection_pool", None)
+        told["seek"] = Seeker(pool, budget_s)
     for ours in _NEVER_TAKEN_OVER:
         told.pop(ours, None)
     told["connection_class"] = pool.connection_class
     return told
+
+
+def _of_a_replica(replies: list[Any]) -> bool:
+    return any(isinstance(reply, ReadOnlyError) for reply in replies)
 
 
 def _connection_class(arguments: dict[str, Any], plain: type, tls: Any, unix: type) -> Any:

@@ -289,6 +289,11 @@ class AsyncLink(asyncio.Protocol):
         return _check(await asked.answer)
 
     @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop that it belongs to."""
+        return self._loop
+
+    @property
     def doubtful(self) -> bool:
         """Whether the connection is closed, or has said something unasked while it was idle."""
         return self.closed or (
@@ -409,6 +414,12 @@ class AsyncLinks:
             making.cancel()
         if link is not None:
             link.close()
+
+    def leave(self) -> None:
+        """Have the event loop close the connection, from any thread; the next caller makes another."""
+        if (link := self._link) is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and the connection with it
+                link.loop.call_soon_threadsafe(link.close)
 
     async def _connected(self) -> AsyncLink:
         if (link := self._link) is not None and link.doubtful:

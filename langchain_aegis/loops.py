@@ -11,6 +11,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import Future, InvalidStateError
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -75,3 +76,24 @@ class PerLoop(Generic[T]):
         """Drop all values without closing them: for the child of a fork, whose sockets are its parent's."""
         self._lock = threading.Lock()
         self._values = weakref.WeakKeyDictionary()
+
+
+async def in_a_thread(name: str, do: Callable[[], T]) -> T:
+    """Return what `do` returns, done in a thread of its own: those of the event loop may all be busy.
+
+    Whoever is cancelled leaves it to its end.
+    """
+    done: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            result = do()
+        except Exception as exc:  # whoever waits decides what it means
+            with contextlib.suppress(InvalidStateError):
+                done.set_exception(exc)
+        else:
+            with contextlib.suppress(InvalidStateError):
+                done.set_result(result)
+
+    threading.Thread(target=work, name=name, daemon=True).start()
+    return await asyncio.wrap_future(done)

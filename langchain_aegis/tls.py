@@ -7,17 +7,17 @@ too.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ssl
 import threading
 from collections.abc import Mapping
-from concurrent.futures import Future, InvalidStateError
 from typing import Any, Final
 
 import redis
 import redis.asyncio
 from redis.asyncio.connection import RedisSSLContext
 from redis.exceptions import ConnectionError as RedisConnectionError
+
+from langchain_aegis.loops import in_a_thread
 
 _DEFAULTS: Final = {"cert_reqs": "required", "check_hostname": True}  # those of redis-py's connections
 
@@ -54,17 +54,7 @@ class Tls:
         """Like `get`, without blocking the event loop: whoever has to read files is a thread of its own."""
         if (made := self._context) is not None:
             return made
-        done: Future[ssl.SSLContext] = Future()
-
-        def make() -> None:
-            with contextlib.suppress(InvalidStateError):  # nobody waits any longer; the next one will have it
-                try:
-                    done.set_result(self.get())
-                except Exception as exc:  # whoever waits decides what it means
-                    done.set_exception(exc)
-
-        threading.Thread(target=make, name="aegis-tls", daemon=True).start()
-        return await asyncio.wrap_future(done)
+        return await in_a_thread("aegis-tls", self.get)
 
     def failed(self, error: BaseException) -> None:
         """Read certificates anew for the next connection if an error says that one was not believed: it may be new."""
