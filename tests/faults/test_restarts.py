@@ -1,16 +1,20 @@
 """Redis or we are killed while answers are written: what is served then is whole, and nothing lives for ever."""
 
+import asyncio
 import itertools
 import json
 import os
+import random
+import re
 import signal
 import socket
 import threading
 import time
 
 import pytest
-from caches import MODEL, Words, prompt
+from caches import MODEL, Words, chat, prompt, text_of
 from conftest import wait_until
+from langchain_core.embeddings import Embeddings
 from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGeneration
 
@@ -192,6 +196,87 @@ def test_after_a_kill_the_exact_tier_hits_at_once_and_the_other_soon(our_own, ne
     load(again)  # misses or hits, and no error
     stored()
     wait_until(lambda: load(again).hits == len(again), HITS_AGAIN_S)
+
+
+class Spread(Embeddings):
+    """Questions with the same number are near each other, others are not."""
+
+    model = "spread"
+
+    def embed_query(self, text):
+        item, words = (random.Random(seed) for seed in (re.search(r"\d+", text).group(), text))
+        return [item.gauss(0, 1) + words.gauss(0, 0.3) for _ in range(64)]
+
+    def embed_documents(self, texts):
+        return [self.embed_query(text) for text in texts]
+
+
+ENTRIES = int(os.environ.get("AEGIS_FAULT_ENTRIES", "2000"))
+
+
+@pytest.mark.row(19)
+@pytest.mark.slow
+@pytest.mark.deadline(900)
+@pytest.mark.parametrize("awaited", [False, True])
+def test_after_a_kill_among_very_many_entries_exact_repeats_hit_at_once(our_own, new_cache, stored, caplog, awaited):
+    """Those by meaning as the index is made again, and nobody hears of that. AEGIS_FAULT_ENTRIES=100000 as promised."""
+    cache = new_cache(url=our_own.unix_url, embeddings=Spread(), min_similarity=0.7, embed_budget_s=10, repeats="serve")
+
+    def asked(number, words="What is the fee of item"):
+        return prompt(f"{words} {number}?")
+
+    def tenant(number):
+        return aegis_scope(tenant=f"t{number % 100}")
+
+    for number in range(ENTRIES):
+        with tenant(number):
+            cache.update(asked(number), MODEL, chat(f"answer {number}"))
+        if number % 500 == 0:
+            stored()
+    stored()
+    our_own.client.execute_command("CONFIG", "SET", "appendfsync", "always")
+    our_own.client.set("last", "x")
+    sample = random.Random(7).sample(range(ENTRIES), 200)
+
+    def hits(words="What is the fee of item"):
+        """Look the sample up; how many are answered, each with its own answer."""
+
+        async def all_of_them():
+            return [await one(number) for number in sample]
+
+        async def one(number):
+            with tenant(number):
+                return await cache.alookup(asked(number, words), MODEL)
+
+        def blocking(number):
+            with tenant(number):
+                return cache.lookup(asked(number, words), MODEL)
+
+        found = asyncio.run(all_of_them()) if awaited else [blocking(number) for number in sample]
+        answers = [text_of(each) for each in found]
+        assert all(a in (None, f"answer {number}") for a, number in zip(answers, sample, strict=True))
+        return len(sample) - answers.count(None)
+
+    assert hits() == len(sample)
+    our_own.kill()
+    began = time.monotonic()
+    our_own.start()
+    loaded = time.monotonic()
+    our_own.client.connection_pool.disconnect()
+    cache._connections.close()  # whatever was open is known to be gone
+    assert hits() == len(sample)
+    at_once = hits("What is the price of item")
+    # Making the index again costs a fraction of a millisecond an entry, on a machine that does nothing else.
+    wait_until(
+        lambda: hits("What is the price of item") == len(sample), HITS_AGAIN_S + ENTRIES * 0.002, "hits by meaning"
+    )
+    print(
+        f"{ENTRIES:,} entries: loaded in {loaded - began:.1f} s; exact {len(sample)} of {len(sample)} at once, by "
+        f"meaning {at_once} at once, all {time.monotonic() - loaded:.1f} s later"
+    )
+    said = {r.getMessage().partition(":")[0] for r in caplog.records if r.levelname == "WARNING"}
+    assert said <= {"redis_unavailable"}
+    assert len(our_own.indexes()) == 1
 
 
 @pytest.mark.row(2, 37)
