@@ -53,7 +53,7 @@ class RedisProcess:
 
     # -- its life -------------------------------------------------------------------------------------------------
 
-    def start(self, *, ready: bool = True) -> None:
+    def start(self, *, ready: bool = True, patience_s: float = _START_S) -> None:
         """Start it, with the data that it had and on the same port; `ready`: and wait until it answers."""
         options = {
             "port": self.port, "bind": "127.0.0.1", "unixsocket": self.socket, "dir": self.path, "save": "",
@@ -69,12 +69,12 @@ class RedisProcess:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_parent() if main else None,
             )  # fmt: skip
         if ready:
-            self.wait()
+            self.wait(patience_s)
 
-    def wait(self) -> None:
+    def wait(self, patience_s: float = _START_S) -> None:
         """Wait until it answers. Raises OSError if it ends instead."""
         assert self._process is not None
-        deadline = time.monotonic() + _START_S
+        deadline = time.monotonic() + patience_s
         with redis.Redis(unix_socket_path=str(self.socket), protocol=2, retry=Retry(NoBackoff(), 0)) as client:
             while True:
                 with contextlib.suppress(redis.RedisError, OSError):

@@ -260,7 +260,7 @@ def test_after_a_kill_among_very_many_entries_exact_repeats_hit_at_once(our_own,
     assert hits() == len(sample)
     our_own.kill()
     began = time.monotonic()
-    our_own.start()
+    our_own.start(patience_s=20 + ENTRIES * 0.002)  # it makes the index as it reads its data
     loaded = time.monotonic()
     our_own.client.connection_pool.disconnect()
     cache._connections.close()  # whatever was open is known to be gone
