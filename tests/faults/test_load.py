@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import json
 import multiprocessing
+import os
 import random
 import signal
 import subprocess
@@ -18,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from langchain_core.embeddings import Embeddings
 from langchain_core.runnables import RunnableLambda
-from lying_server import LyingServer, plain
+from lying_server import END, LyingServer, chunked, plain
 
 from faults.watch import no_tasks_left
 from langchain_aegis import (
@@ -70,6 +72,90 @@ def idle(wrapper):
 async def settle():
     for _ in range(30):
         await asyncio.sleep(0)
+
+
+SECONDS = float(os.environ.get("AEGIS_FAULT_SECONDS", "6"))
+SERVICE_S, SLOTS, WAITING = 0.4, 4, 20
+
+
+@pytest.mark.row(90)
+@pytest.mark.slow
+@pytest.mark.deadline(400)
+@pytest.mark.parametrize("way", ["ainvoke", "astream"])
+async def test_twenty_times_as_many_calls_as_a_server_can_answer_cost_it_hardly_any_of_its_answers(lying, way):
+    """Over real sockets, in real time, whether or not anybody is answered. AEGIS_FAULT_SECONDS=60 as promised."""
+    ended = []
+
+    def slowly(body):
+        yield SERVICE_S
+        if body.get("stream"):
+            text = json.dumps({"message": {"content": f"to {body['messages'][-1]['content']}"}}).encode() + b"\n"
+            yield from chunked(text, END)
+        else:
+            yield from echo(body)
+        ended.append(time.monotonic())
+
+    lying.script = slowly
+    model = BatchingChatModel(
+        ChatAegis("m", base_url=lying.url, temperature=0), max_concurrency=SLOTS, max_waiting=WAITING
+    )
+
+    async def ask(text):
+        """The seconds that a call took, or None if it was refused."""
+        began = time.monotonic()
+        try:
+            if way == "ainvoke":
+                answer = (await model.ainvoke(text)).text
+            else:
+                answer = "".join([chunk.text async for chunk in model.astream(text)])
+        except errors.AegisOverloadedError as exc:
+            assert exc.retryable and exc.retry_after_s > 0
+            return None
+        assert answer == f"to {text}"
+        return time.monotonic() - began
+
+    def rate(begun):
+        """Return how many calls the server has ended a second since then; it ends as many at once as it has slots."""
+        moments = ended[begun:]
+        return (len(moments) - SLOTS) / (moments[-1] - moments[0])
+
+    async def saturated(seconds):
+        """As many calls as there are slots, each after the other: what the server can answer, in calls a second."""
+        until, numbers, begun = time.monotonic() + seconds, itertools.count(), len(ended)
+
+        async def one():
+            while time.monotonic() < until:
+                await ask(f"alone {next(numbers)}")
+
+        await asyncio.gather(*(one() for _ in range(SLOTS)))
+        return rate(begun)
+
+    async def overloaded(seconds):
+        """Twenty times as many; returns answers a second, and how long each call took."""
+        each_s, tasks, began, begun = SERVICE_S / SLOTS / 20, [], time.monotonic(), len(ended)
+        while (passed := time.monotonic() - began) < seconds:
+            due = int(passed / each_s) - len(tasks)
+            tasks += [asyncio.create_task(ask(f"q {len(tasks) + i}")) for i in range(due)]
+            await asyncio.sleep(0.01)
+        assert len(tasks) >= 0.9 * seconds / each_s
+        return rate(begun), await asyncio.gather(*tasks)
+
+    async with no_tasks_left():
+        for _ in range(4):  # the machine may be busy with other things
+            capacity = await saturated(4)
+            goodput, took = await overloaded(SECONDS)
+            answered = sorted(each for each in took if each is not None)
+            p99_s = answered[int(0.99 * len(answered))]
+            # What the server needs for one call, divided by its slots, is what it can answer alone.
+            if goodput >= 0.95 * capacity and p99_s <= 1.1 * (WAITING + SLOTS) / min(capacity, goodput):
+                break
+        else:
+            pytest.fail(f"{goodput:.1f} of {capacity:.1f} a second; p99 {p99_s:.2f} s")
+    print(
+        f"{SECONDS:g} s: {len(took):,} calls, {len(answered):,} answered, {goodput:.1f} a second of {capacity:.1f} "
+        f"alone ({goodput / capacity:.0%}), p99 of the answered {p99_s:.2f} s"
+    )
+    assert idle(model)
 
 
 @pytest.mark.row(91)
