@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gzip
 import json
 import os
@@ -14,14 +15,16 @@ import time
 import tracemalloc
 import uuid
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
+from conftest import wait_until
 from langchain_core.caches import InMemoryCache
 from lying_server import END, LyingServer, chunked, line, plain
 
 from faults.measure import SLACK, within
-from langchain_aegis import AegisEmbeddings, BatchingChatModel, ChatAegis, errors, ndjson
+from langchain_aegis import AegisEmbeddingCache, AegisEmbeddings, BatchingChatModel, ChatAegis, errors, ndjson
 from langchain_aegis.client import OllamaClient
 
 TIME_S = 0.15  # for those faults that only time ends
@@ -567,6 +570,45 @@ def test_vectors_that_are_none_are_an_error_and_nobodys(lying, lengths, way, tol
     assert vectors(lengths, way, ["one", "three"]) == [[3.0, 1.0], [5.0, 1.0]]
 
 
+# To a server of vectors they are one fault: there are no vectors.
+OF_ANSWERS = ("no message", "a message that is a text", "done is false at the end", "done is a text")
+
+
+@pytest.mark.row(63, 64, 65, 66, 67, 68, 69, 71, 72, 73, 74, 77, 79, 80, 81, 83)
+@each_way([name for name in FAULTS if name not in OF_ANSWERS], ("sync", "async"))
+def test_every_fault_of_a_server_of_vectors_is_an_error_in_time_and_no_vector_is_kept(
+    lying, full_address, monkeypatch, name, way
+):
+    """Each kind of fault is an error of ours that says whether to ask again; the next call asks a server."""
+    fault = FAULTS[name]
+    for bound in fault.bounds_s:
+        monkeypatch.setenv(bound, str(TIME_S))
+    lying.script = fault.script
+    address = {"full": full_address, None: lying.url}.get(fault.address, fault.address)
+    cache = AegisEmbeddingCache(version="1")  # it asks for no digest
+    model = AegisEmbeddings(model="m", base_url=address, cache=cache)
+    # The next request may go over a connection that the server is just closing.
+    kinds = {fault.error, SERVER} | ({CONNECTION} if name == "longer than it says" else set())
+    for texts in (["one"], ["one", "two"]):
+
+        def fails(model=model, texts=texts):
+            began = time.monotonic()
+            with pytest.raises(errors.AegisError) as caught:
+                vectors(model, way, texts)
+            assert type(caught.value) in kinds, repr(caught.value)
+            assert len(str(caught.value)) < 900
+            return time.monotonic() - began
+
+        within(TIME_S + LATE_S if fault.bounds_s else 5, fails)
+    assert cache.stats().entries == 0
+    for bound in fault.bounds_s:
+        monkeypatch.delenv(bound)
+    lying.script = lambda body: plain({"embeddings": [[float(len(text)), 1.0] for text in body["input"]]})
+    right = AegisEmbeddings(model="m", base_url=lying.url, cache=cache)
+    assert vectors(right, way, ["one", "three"]) == [[3.0, 1.0], [5.0, 1.0]]
+    assert cache.stats().entries == 2
+
+
 # -- the environment, cancelling, and a server that dies --
 
 
@@ -616,7 +658,7 @@ async def test_who_is_cancelled_costs_the_server_nothing_more(lying, healthy, ne
 SERVE = """
 import sys, time
 from langchain_aegis.testing import ScriptedOllama
-with ScriptedOllama("m", words=400, tokens_per_s=float(sys.argv[2])) as server:
+with ScriptedOllama(["m", "m-embed"], words=400, tokens_per_s=float(sys.argv[2])) as server:
     if sys.argv[1] != "0":
         server.close()
         server._port = int(sys.argv[1])
@@ -672,6 +714,50 @@ def test_a_server_that_is_killed_is_an_error_and_its_successor_answers(new_cache
         whole = call(model, way)
         assert whole.startswith(caught.value.partial)
         assert len(whole) > len(caught.value.partial)
+    finally:
+        process.kill()
+        process.wait(10)
+        process.stdout.close()
+
+
+@pytest.mark.slow
+@pytest.mark.row(87)
+@pytest.mark.parametrize("way", ["invoke", "ainvoke", "sync", "async"])
+def test_who_waits_for_a_server_that_is_killed_is_told_and_its_successor_answers(new_cache, stored, way):
+    """Eight who wait for a whole answer, or for vectors, each of something else; nothing is kept of it."""
+    process, address = served(tokens_per_s=5)
+    cache = new_cache(op_budget_s=5)
+    if way in ("invoke", "ainvoke"):
+        model = BatchingChatModel(ChatAegis("m", base_url=address, temperature=0, cache=cache), cache=cache)
+        ask = functools.partial(call, model, way)
+    else:
+        model = AegisEmbeddings(model="m-embed", base_url=address)
+        ask = functools.partial(vectors, model, way)
+    with ThreadPoolExecutor(8) as pool:
+        if way in ("invoke", "ainvoke"):
+            waiting = [pool.submit(ask, f"Where is {i}?") for i in range(8)]
+            wait_until(lambda: model.admission.stats().running == 4, what="calls under way")
+            time.sleep(0.2)  # each has been sent
+        else:
+            os.kill(process.pid, signal.SIGSTOP)  # it answers at once
+            waiting = [pool.submit(ask, [f"Where is {i}?"]) for i in range(8)]
+            wait_until(lambda: sum(w.running() for w in waiting) == 8)
+            time.sleep(0.2)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(10)
+        for each in waiting:
+            error = each.exception(20)
+            assert isinstance(error, errors.AegisError) and error.retryable, repr(error)
+            assert isinstance(error, (CONNECTION, STREAM))
+    process.stdout.close()
+    process, again = served(address.rpartition(":")[2], 0)
+    try:
+        assert again == address
+        stored()
+        if way in ("invoke", "ainvoke"):
+            assert all(len(ask(f"Where is {i}?")) > 100 for i in range(8))
+        else:
+            assert len(ask(["Where is it?"])[0]) > 1
     finally:
         process.kill()
         process.wait(10)
