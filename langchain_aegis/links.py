@@ -21,7 +21,7 @@ import hiredis
 import redis
 import redis.asyncio
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 _IDLE_S: Final = 0.02  # after so long it is asked whether the server has closed the connection meanwhile
@@ -61,6 +61,18 @@ def _check(replies: list[Any]) -> list[Any]:
     return replies
 
 
+def readable(parse: Callable[[str], Exception]) -> Callable[[str], Exception]:
+    """Return what makes an error reply an exception; one that redis-py cannot read is an error reply too."""
+
+    def error(text: str) -> Exception:
+        try:
+            return parse(text)
+        except Exception:
+            return ResponseError("an error reply that cannot be read")
+
+    return error
+
+
 def _try(meanwhile: Callable[[], object]) -> None:
     with contextlib.suppress(Exception):  # who needs it will do it again, and see
         meanwhile()
@@ -77,7 +89,9 @@ class Link:
         sock: Any = connection._sock
         self._sock = sock
         self._timeout_s: float = connection.socket_timeout or float("inf")
-        self._reader: Any = hiredis.Reader(replyError=connection._parser.parse_error)  # its stubs know no bytearray
+        self._reader: Any = hiredis.Reader(
+            replyError=readable(connection._parser.parse_error)
+        )  # its stubs know no bytearray
         self._buffer = bytearray(_READ_AT_ONCE)
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
@@ -256,7 +270,7 @@ class AsyncLink(asyncio.Protocol):
         self._budget_s = budget_s
         self._connection = connection
         self._transport: asyncio.Transport = writer.transport
-        self._reader = hiredis.Reader(replyError=connection._parser.parse_error)
+        self._reader = hiredis.Reader(replyError=readable(connection._parser.parse_error))
         self._asked: deque[_Asked] = deque()
         self._unsent: list[bytes] = []
         self._timer: asyncio.TimerHandle | None = None

@@ -25,7 +25,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from langchain_aegis.links import packed
+from langchain_aegis.links import packed, readable
 from langchain_aegis.notices import logger, warn_once
 from langchain_aegis.replies import error_kind
 
@@ -253,7 +253,9 @@ class _Session:
         connection.connect()
         self._sock: Any = connection._sock
         self._pending: Callable[[], int] = getattr(self._sock, "pending", lambda: 0)  # TLS reads ahead
-        self._reader: Any = hiredis.Reader(replyError=connection._parser.parse_error)  # its stubs know no bytearray
+        self._reader: Any = hiredis.Reader(
+            replyError=readable(connection._parser.parse_error)
+        )  # its stubs know no bytearray
         self._buffer = bytearray(_READ_AT_ONCE)
         self._number = self._sock.fileno()
         self._poll = select.poll()

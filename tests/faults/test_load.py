@@ -22,6 +22,7 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.runnables import RunnableLambda
 from lying_server import END, LyingServer, chunked, plain
 
+from faults.measure import SLACK
 from faults.watch import no_tasks_left
 from langchain_aegis import (
     BatchingChatModel,
@@ -80,7 +81,7 @@ SERVICE_S, SLOTS, WAITING = 0.4, 4, 20
 
 @pytest.mark.row(90)
 @pytest.mark.slow
-@pytest.mark.deadline(400)
+@pytest.mark.deadline(600)
 @pytest.mark.parametrize("way", ["ainvoke", "astream"])
 async def test_twenty_times_as_many_calls_as_a_server_can_answer_cost_it_hardly_any_of_its_answers(lying, way):
     """Over real sockets, in real time, whether or not anybody is answered. AEGIS_FAULT_SECONDS=60 as promised."""
@@ -140,17 +141,18 @@ async def test_twenty_times_as_many_calls_as_a_server_can_answer_cost_it_hardly_
         assert len(tasks) >= 0.9 * seconds / each_s
         return rate(begun), await asyncio.gather(*tasks)
 
+    told = []
     async with no_tasks_left():
         for _ in range(4):  # the machine may be busy with other things
             capacity = await saturated(4)
             goodput, took = await overloaded(SECONDS)
+            capacity = min(capacity, await saturated(4))  # others may have come, or gone, meanwhile
             answered = sorted(each for each in took if each is not None)
             p99_s = answered[int(0.99 * len(answered))]
-            # What the server needs for one call, divided by its slots, is what it can answer alone.
-            if goodput >= 0.95 * capacity and p99_s <= 1.1 * (WAITING + SLOTS) / min(capacity, goodput):
+            if goodput >= 0.95 * capacity and p99_s <= (WAITING / SLOTS + 1) * SERVICE_S * SLACK:
                 break
         else:
-            pytest.fail(f"{goodput:.1f} of {capacity:.1f} a second; p99 {p99_s:.2f} s")
+            pytest.fail(f"each time: {told}")
     print(
         f"{SECONDS:g} s: {len(took):,} calls, {len(answered):,} answered, {goodput:.1f} a second of {capacity:.1f} "
         f"alone ({goodput / capacity:.0%}), p99 of the answered {p99_s:.2f} s"

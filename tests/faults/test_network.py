@@ -237,3 +237,28 @@ def test_threads_that_time_out_over_a_slow_network_get_only_their_own(proxy, new
     proxy.heal()
     wait_until(lambda: load(ASKED).hits == len(ASKED), 6)
     assert proxy.open <= 8 + 1
+
+
+REFUSALS = (
+    "MOVED", "MOVED 1", "MOVED x y", "MOVED 1 :", "ASK 1 nowhere", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN x", "ERR", "",
+    " ", "READONLY x", "MISCONF x", "BUSY x", "NOPERM", "NOREPLICAS x", "WRONGTYPE x", "OOM x", "no word at all",
+    "\udcff\udcfe", "x" * 10_000,
+)  # fmt: skip
+
+
+@pytest.mark.row(22, 26)
+@pytest.mark.slow
+@pytest.mark.parametrize("awaited", [False, True])
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda text: text[:12] or "nothing")
+async def test_whatever_redis_refuses_with_is_a_miss(proxy, new_recorder, caplog, refusal, awaited):
+    """Also what redis-py itself cannot read: no exception, none in the event loop, and none is swallowed."""
+    recorder = new_recorder(url=proxy.url, op_budget_s=0.2)  # it waits for the third reply to three commands
+    said = f"-{refusal}\r\n".encode("utf-8", "surrogateescape")
+    proxy.down.rewrite = lambda _: said * 2  # a lookup is two commands
+    async with no_tasks_left():
+        for _ in range(2):
+            asked = recorder.aask(ASKED[0]) if awaited else asyncio.to_thread(recorder.ask, ASKED[0])
+            assert await asked is False
+        assert recorder.cache.health().entries == 0
+        await recorder.cache.aclose()
+    assert not [r for r in caplog.records if r.getMessage().startswith(("lookup:", "update:"))]
