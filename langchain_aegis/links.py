@@ -67,7 +67,7 @@ def readable(parse: Callable[[str], Exception]) -> Callable[[str], Exception]:
     def error(text: str) -> Exception:
         try:
             return parse(text)
-        except Exception:
+        except Exception:  # whatever it stumbles over: the command was refused
             return ResponseError("an error reply that cannot be read")
 
     return error
