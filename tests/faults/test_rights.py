@@ -78,6 +78,7 @@ def everything(cache, driver, path):
     assert the_writer.drain(timeout_s=10)
     assert len(list(cache.entries())) == 5  # as many as the tenant may have
     assert cache.health().redis
+    cache.validate()
     assert cache.export(path) == 5
     assert cache.import_(path).taken == 5
     for told in (
