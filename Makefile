@@ -1,15 +1,16 @@
 # Two commands matter: `make demo` and `make test`. Each installs what it needs first; afterwards neither touches
 # any network but loopback. PYTHON=python3.12 chooses an interpreter, UV=/path/to/uv an installer.
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 # Spinning OpenMP threads starve two busy cores: 1 token/s instead of 18.
 export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 export ORT_DISABLE_TELEMETRY := 1
-export PYTHON UV
+export PYTHON UV VENV
 # Whoever sets it would have every test rewritten in every worker of every run.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test test-slow check bench-cache bench-growth lock clean
+.PHONY: install demo test test-slow test-lowest soak check bench-cache bench-growth lock clean
 
 install:
 	@sh tools/install.sh
@@ -18,11 +19,21 @@ demo: install
 	@$(BIN)/python -m langchain_aegis demo
 
 test: install
-	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	@$(BIN)/python -m pytest -W error -n 2 --dist worksteal -m "not slow"
 
 # What takes more than some seconds each: long runs, real models, examples as processes of their own.
 test-slow: install
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# The same with the lowest versions that pyproject.toml allows, in an environment of its own.
+test-lowest:
+	@RESOLUTION=lowest-direct VENV=.venv-lowest sh tools/install.sh
+	@.venv-lowest/bin/python -m pytest -W error -n 2 --dist worksteal -m "not slow"
+
+# Half an hour of faults, one every five seconds; exit code 1 if anything was ever wrong.
+# ARGS="--seconds 180 --seed 7 --report FILE" adds to the command line.
+soak: install
+	@$(BIN)/python tests/faults/soak.py $(ARGS)
 
 check: install
 	@$(BIN)/python tools/check.py
@@ -42,4 +53,4 @@ lock: install
 	@sh tools/install.sh lock
 
 clean:
-	rm -rf .venv .uv .cache dist
+	rm -rf .venv .venv-* .uv .cache dist

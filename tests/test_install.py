@@ -96,3 +96,23 @@ def test_a_failed_installation_is_not_taken_for_a_done_one(clone, tmp_path):
     for _ in range(2):
         assert run(cwd=clone, PYTHON=str(python_version(tmp_path, "3.12")), UV=str(uv)).returncode == 3
         assert not (clone / ".venv/.installed").exists()
+
+
+def test_the_lowest_versions_are_taken_into_an_environment_of_their_own(clone, tmp_path):
+    """RESOLUTION takes them from pyproject.toml instead of the pins; another one is another environment."""
+    log = tmp_path / "told"
+    uv = script(
+        tmp_path / "uv",
+        f'#!/bin/sh\necho "$*" >>"{log}"\nfor last in "$@"; do :; done\n[ "$1" = venv ] && mkdir -p "$last"\nexit 0\n',
+    )
+    told = {"PYTHON": str(python_version(tmp_path, "3.12")), "VENV": ".venv-other"}
+    done = run(cwd=clone, UV=str(uv), RESOLUTION="lowest-direct", **told)
+    assert (clone / ".venv-other/.installed").is_file(), done.stderr
+    assert not (clone / ".venv").exists()
+    compiled, installed = [line for line in log.read_text().splitlines() if line.startswith("pip")][:2]
+    assert "--resolution lowest-direct" in compiled and "pyproject.toml" in compiled
+    assert "requirements.lock" not in compiled + installed
+    assert "-r .venv-other/resolved.txt" in installed
+    never = str(script(tmp_path / "never", NEVER))
+    assert run(cwd=clone, UV=never, RESOLUTION="lowest-direct", **told).returncode == 0
+    assert run(cwd=clone, UV=never, RESOLUTION="highest", **told).returncode == 99

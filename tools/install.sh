@@ -1,8 +1,12 @@
 #!/bin/sh
 # Make .venv from requirements.lock and install this project into it; does nothing when that is done already.
 # Works with an empty environment, without a home directory, and with or without uv.
+# VENV names another directory. RESOLUTION takes, instead of the pins, the lowest versions that pyproject.toml allows
+# (lowest-direct) or the newest there are (highest); what this project does not name itself is the newest in both.
 set -eu
 cd "$(dirname "$0")/.."
+venv=${VENV:-.venv}
+resolution=${RESOLUTION:-}
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -22,14 +26,15 @@ if [ -z "$python" ]; then
 fi
 
 # What would be installed, in one line. If the environment says the same, there is nothing to do.
-wanted=$("$python" - <<'PY'
+wanted=$("$python" - "$resolution" <<'PY'
 import hashlib, pathlib, sys
 files = ("requirements.lock", "pyproject.toml", "tools/install.sh")
 digest = hashlib.sha256(b"\0".join(pathlib.Path(f).read_bytes() for f in files)).hexdigest()
-print(f"{pathlib.Path.cwd()} {sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]} {digest}")
+version = ".".join(map(str, sys.version_info[:3]))
+print(" ".join([str(pathlib.Path.cwd()), version, digest, *filter(None, sys.argv[1:])]))
 PY
 )
-if [ "${1:-}" != lock ] && [ "$(cat .venv/.installed 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+if [ "${1:-}" != lock ] && [ "$(cat "$venv/.installed" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
 
 if [ -z "${HOME:-}" ] || [ ! -w "${HOME:-/nonexistent}" ]; then
   UV_CACHE_DIR=${UV_CACHE_DIR:-$PWD/.cache/uv} PIP_CACHE_DIR=${PIP_CACHE_DIR:-$PWD/.cache/pip}
@@ -55,12 +60,20 @@ if [ "${1:-}" = lock ]; then
     --no-emit-index-url --all-extras --group test --group tools --group models pyproject.toml -o requirements.lock
 fi
 
-say "installing into .venv ..."
-rm -rf .venv
-"$uv" venv --quiet --no-python-downloads --python "$("$python" -c 'import sys; print(sys.executable)')" .venv
-VIRTUAL_ENV=$PWD/.venv
+say "installing into $venv ..."
+rm -rf "$venv"
+"$uv" venv --quiet --no-python-downloads --python "$("$python" -c 'import sys; print(sys.executable)')" "$venv"
+VIRTUAL_ENV=$PWD/$venv
 export VIRTUAL_ENV
-"$uv" pip install --quiet --no-deps --require-hashes --compile-bytecode -r requirements.lock
+if [ -z "$resolution" ]; then
+  "$uv" pip install --quiet --no-deps --require-hashes --compile-bytecode -r requirements.lock
+else
+  # Without building anything: a version that has no wheel for this interpreter is not one that is supported on it.
+  "$uv" pip compile --quiet --python "$venv/bin/python" --resolution "$resolution" --only-binary :all: --no-header \
+    --no-annotate --no-emit-index-url --all-extras --group test --group tools --group models pyproject.toml \
+    -o "$venv/resolved.txt"
+  "$uv" pip install --quiet --no-deps --only-binary :all: --compile-bytecode -r "$venv/resolved.txt"
+fi
 "$uv" pip install --quiet --no-deps --no-build-isolation --compile-bytecode -e .
-.venv/bin/python -m compileall -q langchain_aegis tests >/dev/null || true
-printf '%s\n' "$wanted" > .venv/.installed
+"$venv/bin/python" -m compileall -q langchain_aegis tests >/dev/null || true
+printf '%s\n' "$wanted" > "$venv/.installed"
