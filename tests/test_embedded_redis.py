@@ -371,7 +371,7 @@ def test_servers_that_cannot_read_each_others_data_are_kept_apart(home, client):
         assert (search.has_search, plain.has_search) == (True, False)
 
 
-@pytest.mark.parametrize("content", [b"REDIS0099 from a later version", os.urandom(2000)])
+@pytest.mark.parametrize("content", [b"REDIS0099 from a later version", os.urandom(2000)], ids=["later", "noise"])
 def test_damaged_data_is_moved_aside_with_one_warning(content, home, client, caplog):
     with EmbeddedRedis() as server:
         client(server.url).set("k", "v")

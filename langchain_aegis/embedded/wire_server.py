@@ -71,7 +71,14 @@ async def listen(app: object, listening: socket.socket) -> Listener:
 
     uvicorn's protocol is used without its server: no signal handlers, no logging setup, no polling loop.
     """
-    config = Config(app, log_config=None, lifespan="off", http=_Protocol, timeout_keep_alive=_IDLE_S)  # type: ignore[arg-type]
+    config = Config(
+        app,
+        log_config=None,
+        lifespan="off",
+        http=_Protocol,  # type: ignore[arg-type]
+        ws="none",  # Ollama has none; what uvicorn would import for them is deprecated, in some versions
+        timeout_keep_alive=_IDLE_S,
+    )
     config.load()
     state = ServerState()
     server = await asyncio.get_running_loop().create_server(
