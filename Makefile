@@ -7,6 +7,8 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 export ORT_DISABLE_TELEMETRY := 1
 export PYTHON UV VENV
+# A warning is an error. Of what LangChain calls beta it says so once a process, to whichever test is the first.
+STRICT := -W error -W ignore::langchain_core._api.beta_decorator.LangChainBetaWarning
 # Whoever sets it would have every test rewritten in every worker of every run.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -19,7 +21,7 @@ demo: install
 	@$(BIN)/python -m langchain_aegis demo
 
 test: install
-	@$(BIN)/python -m pytest -W error -n 2 --dist worksteal -m "not slow"
+	@$(BIN)/python -m pytest $(STRICT) -n 2 --dist worksteal -m "not slow"
 
 # What takes more than some seconds each: long runs, real models, examples as processes of their own.
 test-slow: install
@@ -28,7 +30,7 @@ test-slow: install
 # The same with the lowest versions that pyproject.toml allows, in an environment of its own.
 test-lowest:
 	@RESOLUTION=lowest-direct VENV=.venv-lowest sh tools/install.sh
-	@.venv-lowest/bin/python -m pytest -W error -n 2 --dist worksteal -m "not slow"
+	@.venv-lowest/bin/python -m pytest $(STRICT) -n 2 --dist worksteal -m "not slow"
 
 # Half an hour of faults, one every five seconds; exit code 1 if anything was ever wrong.
 # ARGS="--seconds 180 --seed 7 --report FILE" adds to the command line.
