@@ -98,6 +98,7 @@ def test_a_failed_installation_is_not_taken_for_a_done_one(clone, tmp_path):
         assert not (clone / ".venv/.installed").exists()
 
 
+@pytest.mark.row(127)
 def test_the_lowest_versions_are_taken_into_an_environment_of_their_own(clone, tmp_path):
     """RESOLUTION takes them from pyproject.toml instead of the pins; another one is another environment."""
     log = tmp_path / "told"

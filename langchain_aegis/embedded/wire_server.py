@@ -72,10 +72,10 @@ async def listen(app: object, listening: socket.socket) -> Listener:
     uvicorn's protocol is used without its server: no signal handlers, no logging setup, no polling loop.
     """
     config = Config(
-        app,
+        app,  # type: ignore[arg-type]
         log_config=None,
         lifespan="off",
-        http=_Protocol,  # type: ignore[arg-type]
+        http=_Protocol,
         ws="none",  # Ollama has none; what uvicorn would import for them is deprecated, in some versions
         timeout_keep_alive=_IDLE_S,
     )
