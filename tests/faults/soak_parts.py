@@ -48,7 +48,10 @@ _FRAMES = [(tier.name, *form("\0").split("\0")) for tier in TIERS for form in (t
 
 
 def about(question: str) -> str:
-    """Return the same for questions that one answer serves."""
+    """Return the same for questions that one answer serves; a number behind one makes it another question."""
+    question, mark, number = question.partition("? ")
+    if mark:
+        return f"{about(question + '?')} {number}"
     for name, before, after in _FRAMES:
         if question.startswith(before) and question.endswith(after):
             return f"{name} {question[len(before) : len(question) - len(after)]}"
