@@ -78,9 +78,10 @@ class Soak:
     planted: tuple[str, ...] = ()
     history: History = field(default_factory=lambda: History(source_of))
     samples: list[Sample] = field(default_factory=list)
-    recovered_s: list[float] = field(default_factory=list)
+    recovered: list[tuple[float, str, str]] = field(default_factory=list)  # seconds, after what, what came last
     slow: float = 1.0
     servers: dict[str, str] = field(default_factory=dict)
+    local_hits: int = 0  # of the local tier
 
     def run(self) -> bool:
         """Run; returns whether nothing was wrong."""
@@ -105,6 +106,7 @@ class Soak:
                 load.stop()
             the_writer.drain(timeout_s=10)
             self._look_at_keys(stack)
+            self.local_hits = stack.caches["near"].stats().local.hits
         finally:
             stack.close()
         self._look_at_times()
@@ -144,12 +146,12 @@ class Soak:
         bound_s = HITS_AGAIN_S * SLACK + (OLLAMA_S if after in FAULTS and FAULTS[after].where == "ollama" else 0.0)
         began_s = time.monotonic()
         missing = {(name, tier.name) for name in stack.caches for tier in TIERS}
-        number = 0
+        last = ""
         while missing:
-            number += 1
             for name, tier in sorted(missing):
-                if self._hits(stack, name, tier, chosen, number):
+                if self._hits(stack, name, tier, chosen):
                     missing.discard((name, tier))
+                    last = f"{name}, {tier}"
             took_s = time.monotonic() - began_s
             if took_s > bound_s * self.slow:
                 self.slow = max(self.slow, slowness())
@@ -158,9 +160,9 @@ class Soak:
                     return
             time.sleep(0.02)
         if after in FAULTS:
-            self.recovered_s.append(time.monotonic() - began_s)
+            self.recovered.append((time.monotonic() - began_s, after, last))
 
-    def _hits(self, stack: Stack, cache: str, tier: str, chosen: random.Random, number: int) -> bool:
+    def _hits(self, stack: Stack, cache: str, tier: str, chosen: random.Random) -> bool:
         """Have a question of its own answered twice, the second time in other words if it is by meaning."""
         form = next(each for each in TIERS if each.name == tier)
         caller, model = CALLERS[0], "one" if cache == "far" else "scripted"

@@ -29,7 +29,7 @@ def text_of_report(soak: Soak) -> str:
         f"| Versions | {', '.join(f'{name} {version}' for name, version in soak.servers.items())} |",
         f"| Faults | {sum(history.faults.values())}, of {len(history.faults)} kinds |",
         f"| Calls | {history.calls:,}; {history.cancelled:,} of them cancelled |",
-        f"| Answered by a cache | {served:,}: {_counted(history.hits)} |",
+        f"| Answered by a cache | {served:,}: {_counted(history.hits)}; local tier {soak.local_hits:,} of them |",
         f"| Invalidated | {history.invalidations:,} times; {history.refused:,} times it was said that Redis is away |",
         f"| Errors of the model server that reached a caller | {_counted(history.errors) or 'none'} |",
         f"| A call without a cache | {_both(soak, 'bare', None)} |",
@@ -70,10 +70,13 @@ def _both(soak: Soak, what: str, faults: list[str] | None) -> str:
 
 
 def _recovered(soak: Soak) -> str:
-    took = soak.recovered_s
-    if not took:
+    if not soak.recovered:
         return "not measured"
-    return f"{statistics.median(took):.2f} s in the median, {max(took):.2f} s at most"
+    took_s, after, what = max(soak.recovered)
+    return (
+        f"{statistics.median(each[0] for each in soak.recovered):.2f} s in the median, {took_s:.2f} s at most ({what}; "
+        f"after: {after})"
+    )
 
 
 def _range(soak: Soak) -> str:
