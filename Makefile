@@ -12,7 +12,7 @@ STRICT := -W error -W ignore::langchain_core._api.beta_decorator.LangChainBetaWa
 # Whoever sets it would have every test rewritten in every worker of every run.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test test-slow test-lowest soak check bench-cache bench-growth lock clean
+.PHONY: install demo test test-slow test-lowest test-newest soak check bench-cache bench-growth lock clean
 
 install:
 	@sh tools/install.sh
@@ -27,10 +27,10 @@ test: install
 test-slow: install
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
-# The same with the lowest versions that pyproject.toml allows, in an environment of its own.
-test-lowest:
-	@RESOLUTION=lowest-direct VENV=.venv-lowest sh tools/install.sh
-	@.venv-lowest/bin/python -m pytest $(STRICT) -n 2 --dist worksteal -m "not slow"
+# The same with the lowest, or the newest, versions that pyproject.toml allows, in an environment of its own.
+test-lowest test-newest: test-%:
+	@RESOLUTION=$(subst newest,highest,$(subst lowest,lowest-direct,$*)) VENV=.venv-$* sh tools/install.sh
+	@.venv-$*/bin/python -m pytest $(STRICT) -n 2 --dist worksteal -m "not slow"
 
 # Half an hour of faults, one every five seconds; exit code 1 if anything was ever wrong.
 # ARGS="--seconds 180 --seed 7 --report FILE" adds to the command line.
