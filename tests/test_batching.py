@@ -3,7 +3,6 @@
 import asyncio
 import contextvars
 import gc
-import itertools
 import pickle
 import random
 import threading
@@ -67,7 +66,7 @@ class Fake(BaseChatModel):
 
     def __init__(self, **arguments):
         super().__init__(**{"calls": [], "busy": [], "seen": [], "open_streams": [], **arguments})
-        self._count = itertools.count(1)
+        self._count = iter(range(1, 10**9))  # unlike those of itertools, it may be copied in Python 3.14, too
         self._now = 0
 
     @property
