@@ -562,7 +562,9 @@ async def test_cancelling_a_lookup_cancels_it(redis_url):
             started.set()
             await asyncio.Event().wait()
 
-    cache = AegisSemanticCache(redis_url, Never(), namespace=f"c{uuid.uuid4().hex[:8]}", embed_budget_s=30)
+    cache = AegisSemanticCache(
+        redis_url, Never(), namespace=f"c{uuid.uuid4().hex[:8]}", op_budget_s=5, embed_budget_s=30
+    )
     task = asyncio.create_task(cache.alookup(prompt("How long may I keep a book?"), MODEL))
     await asyncio.wait_for(started.wait(), 10)
     task.cancel()
