@@ -255,11 +255,17 @@ class Stack:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Let the cache's own warnings not be printed: faults are meant."""
-    log = logging.getLogger("langchain_aegis")
+    """Let the cache's own warnings not be printed, nor those of a network that cuts: faults are meant."""
+    log, loops = logging.getLogger("langchain_aegis"), logging.getLogger("asyncio")
     before = log.level
+
+    def matters(record: logging.LogRecord) -> bool:
+        return "socket.send() raised" not in record.getMessage()
+
     log.setLevel(logging.CRITICAL)
+    loops.addFilter(matters)
     try:
         yield
     finally:
         log.setLevel(before)
+        loops.removeFilter(matters)

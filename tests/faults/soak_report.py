@@ -20,7 +20,8 @@ def text_of_report(soak: Soak) -> str:
     history = soak.history
     away = [name for name, fault in FAULTS.items() if fault.away]
     every = list(FAULTS)
-    added = [_ms(soak.added(share, away)) for share in (0.5, 0.99)]
+    measured = history.count("measured", away) > 0
+    added = [_ms(soak.added(share, away)) if measured else "not measured" for share in (0.5, 0.99)]
     served = sum(history.hits.values())
     lines = [
         "| | |",
