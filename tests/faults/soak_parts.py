@@ -124,9 +124,8 @@ class NamingOllama(ScriptedOllama):
     """The scripted server; its answers name whom a header of the request told it that it answers."""
 
     def __init__(self, history: History) -> None:
-        super().__init__(
-            [ScriptedModel.named("soak"), ScriptedModel(name="soak-embed", embedding=True, dimensions=128)]
-        )
+        models = [ScriptedModel.named("soak"), ScriptedModel(name="soak-embed", embedding=True, dimensions=128)]
+        super().__init__(models, host_cache=False)  # which would remember a million tokens: this looks at memory
         self._history = history
         self._engine._parts = self._named_parts
 
