@@ -21,13 +21,29 @@ class Authority:
         self._path, self._name = path, name
         self.file = path / f"{name}.pem"
         self._openssl(
-            "req", "-x509", *KEY, "-days", "2", "-subj", f"/CN={name}", "-keyout", self._key(name), "-out", self.file
+            "req",
+            "-x509",
+            *KEY,
+            "-days",
+            "2",
+            "-subj",
+            f"/CN={name}",
+            "-addext",
+            "keyUsage=critical,keyCertSign",
+            "-keyout",
+            self._key(name),
+            "-out",
+            self.file,
         )
 
     def server(self, name: str, names: str, days: int = 2) -> ssl.SSLContext:
         """Return what a server shows: a certificate for `names` (as in "DNS:localhost") that ends in so many days."""
         asked, made, extra = (self._path / f"{name}.{end}" for end in ("csr", "crt", "ext"))
-        extra.write_text(f"subjectAltName={names}\n")
+        # Python 3.13 believes none without all of these.
+        extra.write_text(
+            f"subjectAltName={names}\nbasicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\n"
+            "subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n"
+        )
         self._openssl("req", "-new", *KEY, "-subj", f"/CN={name}", "-keyout", self._key(name), "-out", asked)
         self._openssl(
             "x509", "-req", "-in", asked, "-CA", self.file, "-CAkey", self._key(self._name), "-CAcreateserial",
