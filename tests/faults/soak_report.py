@@ -21,7 +21,7 @@ def text_of_report(soak: Soak) -> str:
     away = [name for name, fault in FAULTS.items() if fault.away]
     every = list(FAULTS)
     measured = history.count("measured", away) > 0
-    added = [_ms(soak.added(share, away)) if measured else "not measured" for share in (0.5, 0.99)]
+    added = [_ms(max(0.0, soak.added(share, away))) if measured else "not measured" for share in (0.5, 0.99)]
     served = sum(history.hits.values())
     lines = [
         "| | |",
