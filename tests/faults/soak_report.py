@@ -21,7 +21,7 @@ def text_of_report(soak: Soak) -> str:
     away = [name for name, fault in FAULTS.items() if fault.away]
     every = list(FAULTS)
     measured = history.count("measured", away) > 0
-    added = [_ms(max(0.0, soak.added(share, away))) if measured else "not measured" for share in (0.5, 0.99)]
+    added = [_more(soak.added(share, away)) if measured else "not measured" for share in (0.5, 0.99)]
     served = sum(history.hits.values())
     lines = [
         "| | |",
@@ -63,6 +63,10 @@ def _counted(counts) -> str:
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1_000:.1f} ms"
+
+
+def _more(seconds: float) -> str:
+    return _ms(seconds) if seconds > 0 else "nothing"
 
 
 def _both(soak: Soak, what: str, faults: list[str] | None) -> str:
