@@ -415,12 +415,12 @@ async def test_what_a_cache_knows_is_answered_from_a_full_queue(kind, full, redi
     with free:
         await ChatAegis("m", base_url=free.base_url, temperature=0, cache=cache).abatch(asked)
     model.cache = cache
-    before = len(server.requests)
+    before = len(server.chats)
     answers = await asyncio.wait_for(asyncio.gather(*(model.ainvoke(question) for question in asked)), LONG_S)
     answers += await asyncio.wait_for(asyncio.to_thread(lambda: [model.invoke(q) for q in asked]), LONG_S)
     assert len(answers) == 200
     assert model.admission.stats().refused == 0
-    assert len(server.requests) == before
+    assert len(server.chats) == before
     if kind == "aegis":
         assert all(was_cached(answer) for answer in answers)
     with pytest.raises(AegisOverloadedError):

@@ -537,7 +537,8 @@ def test_a_loop_that_is_closed_over_waiting_calls_ends_the_program_quietly(lying
 
 
 UNDER_LOAD = """
-import asyncio, sys, threading
+import asyncio, signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background ignores it
 from langchain_aegis import AegisSemanticCache, BatchingChatModel, ChatAegis
 cache = AegisSemanticCache(sys.argv[2], namespace="load", require_tenant=False)
 cache._engine.embedder._make = lambda: None
