@@ -111,6 +111,7 @@ class Models:
         with self._lock:
             if (asking := self._asking) is None:
                 mine = self._asking = Future()
+                mine.set_running_or_notify_cancel()  # who gives up waiting ends it for nobody else
         if asking is not None:
             yield Settle(asking, _BUDGET_S)
             return

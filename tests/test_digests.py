@@ -337,6 +337,21 @@ def test_a_server_that_hangs_costs_a_quarter_of_a_second_once(server, make_cache
         assert hung.routes["/api/tags"] <= 1
 
 
+def test_whoever_gives_up_waiting_ends_it_for_nobody_else(server):
+    client = ChatAegis("m", base_url=server.base_url)._endpoint.client()
+    asking, waiting = client.models.learn(client), client.models.learn(client)
+    step, settle = next(asking), next(waiting)
+
+    async def give_up():
+        asyncio.wrap_future(settle.done).cancel()
+
+    asyncio.run(give_up())
+    with pytest.raises(StopIteration):
+        asking.send(step.perform())
+    assert client.models.digest("m") == OLD[:12]
+    assert settle.done.result(0) is None
+
+
 def test_whoever_is_cancelled_while_he_asks_holds_up_nobody(server, make_cache, later):
     """The next one asks himself."""
     client = ChatAegis("m", base_url=server.base_url)._endpoint.client()
