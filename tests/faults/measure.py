@@ -15,7 +15,7 @@ from faults.recorder import Recorder, Seen, callers, questions, threads
 SLACK = float(os.environ.get("AEGIS_FAULT_SLACK", "3"))
 ADDED_S = 0.120 * SLACK  # at most, by 99 of 100 calls
 ADDED_OPEN_S = 0.001 * SLACK  # in the median, once Redis is left alone
-HITS_AGAIN_S = 6.0
+HITS_AGAIN_S = 6.0 * SLACK
 PRODUCTION = {"op_budget_s": 0.1}  # the default of a cache
 
 

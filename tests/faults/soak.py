@@ -34,7 +34,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from faults.measure import ADDED_S, HITS_AGAIN_S, SLACK, slowness
+from faults.measure import ADDED_S, HITS_AGAIN_S, slowness
 from faults.soak_faults import FAULTS
 from faults.soak_history import History
 from faults.soak_load import Load, scope_of, tier_of
@@ -143,7 +143,7 @@ class Soak:
     def _wait_for_hits(self, stack: Stack, after: str, chosen: random.Random) -> None:
         """Wait until each cache hits again, on exact repeats and by meaning."""
         # Where a model server stalls, callers still wait for it.
-        bound_s = HITS_AGAIN_S * SLACK + (OLLAMA_S if after in FAULTS and FAULTS[after].where == "ollama" else 0.0)
+        bound_s = HITS_AGAIN_S + (OLLAMA_S if after in FAULTS and FAULTS[after].where == "ollama" else 0.0)
         began_s = time.monotonic()
         missing = {(name, tier.name) for name in stack.caches for tier in TIERS}
         last = ""
