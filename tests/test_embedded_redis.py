@@ -168,7 +168,7 @@ def test_threads_that_start_at_once_share_one_lease(home, open_descriptors):
     assert open_descriptors() == before + 1
     assert is_running(servers[0].pid)
     servers[0].close()
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 def test_a_killed_server_is_started_again_at_the_same_url(home, client):
@@ -250,7 +250,7 @@ def test_neither_descriptors_nor_zombies_remain(home, open_descriptors):
             assert server.pid
         assert children() == others
     gc.collect()
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 def test_an_interrupt_in_the_terminal_reaches_neither_keeper_nor_server(home):

@@ -167,6 +167,7 @@ def embedder(request):
     ],
     indirect=True,
 )
+@pytest.mark.slow
 def test_an_embedder_that_fails_or_says_nothing_costs_hits_by_meaning_alone(
     server, new_recorder, stored, embedder, how
 ):

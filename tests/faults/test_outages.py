@@ -81,6 +81,7 @@ def test_a_redis_that_was_never_there_costs_nobody_an_answer(server, new_recorde
 
 @pytest.mark.row(1)
 @pytest.mark.parametrize("how", ["tasks", "threads"])
+@pytest.mark.slow
 def test_of_a_redis_that_never_said_a_word_five_calls_wait(server, new_recorder, how):
     load = Load(new_recorder(url=server.url, **PRODUCTION), how, at_once=1)
     with server.frozen():
@@ -189,6 +190,7 @@ def test_a_redis_that_thaws_is_asked_again_at_once(server, new_recorder):
 
 @pytest.mark.row(20)
 @pytest.mark.parametrize("fault", ["gone", "frozen", "locked"])
+@pytest.mark.slow
 def test_a_probe_ends_with_its_cache_and_leaves_nothing(server, new_cache, fault):
     cache = new_cache(url=server.url, **PRODUCTION)
     breaker = cache._connections.breaker
@@ -296,6 +298,7 @@ def test_a_full_redis_still_answers_and_stores_nothing_more(server, warm, new_re
 
 
 @pytest.mark.row(7)
+@pytest.mark.slow
 def test_a_redis_that_is_full_from_the_start_costs_nothing(server, new_recorder, stored):
     server.fill()
     load = Load(new_recorder(url=server.url), "tasks")
@@ -325,6 +328,7 @@ def test_a_redis_that_became_a_replica_still_answers_and_takes_no_writes(server,
 @pytest.mark.row(9)
 @HOW
 @pytest.mark.parametrize("told", ["", ":wrong@"])
+@pytest.mark.slow
 def test_a_password_that_is_missing_or_wrong_is_a_miss_and_one_warning(server, new_recorder, told, how, caplog):
     server.client.config_set("requirepass", "s3cret-canary")
     load = Load(new_recorder(url=server.url.replace("//", f"//{told}")), how)
