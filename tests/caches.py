@@ -27,6 +27,20 @@ def text_of(found):
     return None if found is None else found[0].text
 
 
+def call_once(awaited, cache, name, *told, **named):
+    """Call a method of a cache, or its asynchronous twin in an event loop of its own."""
+    if not awaited:
+        return getattr(cache, name)(*told, **named)
+
+    async def one():
+        try:
+            return await getattr(cache, f"a{name}")(*told, **named)
+        finally:
+            await cache.aclose()
+
+    return asyncio.run(one())
+
+
 def stats_of(cache):
     """What a cache has done, with what it was told to store; `stats()` waits for that only outside of event loops."""
     assert the_writer.drain(timeout_s=10)

@@ -6,7 +6,7 @@ import random
 from itertools import pairwise
 
 import pytest
-from caches import MODEL, Words, chat, prompt, text_of
+from caches import MODEL, Words, call_once, chat, prompt, text_of
 from conftest import wait_until
 from langchain_core.messages import HumanMessage
 
@@ -27,21 +27,8 @@ BOTH = pytest.mark.parametrize("encrypt", [False, True], ids=["plain", "encrypte
 WAYS = pytest.mark.parametrize("awaited", [False, True], ids=["blocking", "awaited"])
 
 
-def call(awaited, cache, name, *told, **named):
-    if not awaited:
-        return getattr(cache, name)(*told, **named)
-
-    async def one():
-        try:
-            return await getattr(cache, f"a{name}")(*told, **named)
-        finally:
-            await cache.aclose()
-
-    return asyncio.run(one())
-
-
 def asked(cache, question, awaited=False):
-    return text_of(call(awaited, cache, "lookup", prompt(question), MODEL))
+    return text_of(call_once(awaited, cache, "lookup", prompt(question), MODEL))
 
 
 def taught(cache, question=BOOK, answer="28 days", awaited=False):
@@ -261,13 +248,13 @@ def test_where_there_is_no_search_an_invalidation_by_nearness_looks_at_every_ent
             taught(ours, BOOK, "28 days", awaited)
             taught(theirs, "How long may I keep a film?", "7 days", awaited)
             taught(ours, "What does a card cost?", "4 euros", awaited)
-    assert call(awaited, ours, "invalidate", near=NEAR_BOOK, tenant="acme") == 2
+    assert call_once(awaited, ours, "invalidate", near=NEAR_BOOK, tenant="acme") == 2
     for tenant, book, film in (("acme", None, None), ("globex", "28 days", "7 days")):
         with aegis_scope(tenant=tenant):
             assert asked(ours, BOOK, awaited) == book
             assert asked(theirs, "How long may I keep a film?", awaited) == film
             assert asked(ours, "What does a card cost?", awaited) == "4 euros"
-    assert call(awaited, ours, "invalidate", near=NEAR_BOOK) == 2
+    assert call_once(awaited, ours, "invalidate", near=NEAR_BOOK) == 2
 
 
 @pytest.mark.row(14)
@@ -278,7 +265,7 @@ def test_an_invalidation_by_nearness_removes_what_it_should_although_the_index_i
     for index in server.indexes():
         server.client.execute_command("FT.DROPINDEX", index)
     assert asked(cache, BOOK, awaited) == "28 days"
-    assert call(awaited, cache, "invalidate", near=NEAR_BOOK) == 1
+    assert call_once(awaited, cache, "invalidate", near=NEAR_BOOK) == 1
     assert asked(cache, BOOK, awaited) is None
 
 
@@ -363,9 +350,9 @@ def test_a_host_with_another_secret_is_told_once_and_cannot_claim_to_have_remove
         ("invalidate", {"near": BOOK}), ("clear", {}), ("opt_out", {"user": "u"}), ("opt_in", {"user": "u"}),
     ):  # fmt: skip
         with pytest.raises(AegisConfigError, match="AEGIS_SECRET_KEY"):
-            call(awaited, theirs, name, **named)
+            call_once(awaited, theirs, name, **named)
     with pytest.raises(AegisConfigError, match="with this secret"):
-        call(awaited, theirs, "report_wrong", hit.message)
+        call_once(awaited, theirs, "report_wrong", hit.message)
     assert asked(ours, NEAR_BOOK, awaited) == "ours"
     assert ours.invalidate(model="m") == 1
 

@@ -4,9 +4,10 @@ import asyncio
 import logging
 import time
 import traceback
+from functools import partial
 
 import pytest
-from caches import MODEL, Words, chat, prompt, text_of
+from caches import MODEL, Words, call_once, chat, prompt, text_of
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 
@@ -61,18 +62,7 @@ def test_nothing_of_a_call_but_its_answer_stands_in_redis_or_in_a_log(
     server.client.execute_command("SLOWLOG", "RESET")
     cache = new_cache(embeddings=Words(), min_similarity=0.6, op_budget_s=5, embed_budget_s=10)
 
-    def call(name, *told, **named):
-        if not awaited:
-            return getattr(cache, name)(*told, **named)
-
-        async def one():
-            try:
-                return await getattr(cache, f"a{name}")(*told, **named)
-            finally:
-                await cache.aclose()
-
-        return asyncio.run(one())
-
+    call = partial(call_once, awaited, cache)
     asked = prompt(SystemMessage(f"You know {CANARY}."), HumanMessage(QUESTION))
     near = prompt(SystemMessage(f"You know {CANARY}."), HumanMessage(QUESTION.replace("may", "can")))
     with aegis_scope(tenant=f"{CANARY} Ltd", user=f"{CANARY}@example.org", task="faq", sources=[f"{CANARY}.md"]):
