@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Final, Protocol, TypeAlias
 
 from langchain_core.outputs import ChatGeneration, Generation
@@ -31,6 +30,7 @@ from langchain_aegis.flows import Flow, Settle
 from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.identity import normalise_model
 from langchain_aegis.notices import logger
+from langchain_aegis.timestamps import unix_s
 
 FRESH_S: Final = 5.0
 _AFTER_FAILURE_S: Final = 15.0
@@ -127,14 +127,6 @@ class Models:
                 self._asking = None
             self._until_s = asked_s + fresh_s if asked_s > self._forgotten_s else -math.inf
             mine.set_result(None)
-
-
-def unix_s(timestamp: object) -> float | None:
-    """Return the unix time of one of Ollama's timestamps, in seconds; None if it is none."""
-    try:
-        return datetime.fromisoformat(str(timestamp)).timestamp()
-    except (ValueError, OverflowError):
-        return None
 
 
 def began_s(generations: Sequence[Generation]) -> float:

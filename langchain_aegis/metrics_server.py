@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from typing import Any, Final
 
 try:
@@ -22,6 +21,7 @@ from langchain_aegis.client import OllamaClient, shared_client
 from langchain_aegis.errors import AegisConfigError, AegisError
 from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.settings import AegisSettings
+from langchain_aegis.timestamps import unix_s
 
 PREFIX: Final = "aegis_server"
 _BOUNDS: Final = Timeouts(connect_s=2.0, read_s=2.0, deadline_s=4.0)
@@ -40,14 +40,7 @@ def _number(name: str) -> Callable[[Mapping[str, Any]], float | None]:
 
 
 def _expires_s(model: Mapping[str, Any]) -> float | None:
-    try:
-        # Nanoseconds, which Python does not read; and for "for ever" a year far ahead.
-        text = str(model["expires_at"])
-        whole, dot, rest = text.partition(".")
-        zone = rest.lstrip("0123456789") if dot else ""
-        return datetime.fromisoformat(f"{whole}{zone}".replace("Z", "+00:00")).timestamp()
-    except (KeyError, ValueError, OverflowError):
-        return None
+    return unix_s(model.get("expires_at"))
 
 
 _GAUGES: Final = (

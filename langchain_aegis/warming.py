@@ -16,7 +16,6 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from typing import Any, Final, Literal, Self
 
 from langchain_aegis.attempts import Timeouts
@@ -25,6 +24,7 @@ from langchain_aegis.errors import AegisConfigError, AegisError, AegisModelNotFo
 from langchain_aegis.flows import Flow, arun, run
 from langchain_aegis.identity import normalise_model
 from langchain_aegis.reloads import RUNNER_OPTIONS, Rule, reloads, runner_options
+from langchain_aegis.timestamps import unix_s
 
 MOST_FAILURES: Final = 5  # of a download, without one new byte between them
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 15.0
@@ -334,11 +334,10 @@ def _as_loaded(warmed: Warmed, loaded: Mapping[str, Any] | None) -> Warmed:
 
 def stays_s(loaded: Mapping[str, Any]) -> float | None:
     """Return the seconds until a loaded model, as /api/ps tells of it, is unloaded; None: never, or unknown."""
-    try:
-        expires = datetime.fromisoformat(str(loaded.get("expires_at")))
-    except ValueError:
+    expires_s = unix_s(loaded.get("expires_at"))
+    if expires_s is None:
         return None
-    left = expires.timestamp() - time.time()
+    left = expires_s - time.time()
     return None if left > _FOREVER_S else round(max(left, 0.0), 1)
 
 

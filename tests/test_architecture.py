@@ -24,7 +24,7 @@ ORDER = [
     "replies", "namespace", "nearby", "indexes", "scripts", "links", "store", "tls", "sentinels", "connections",
     "pushes", "sweeper", "writes",
     "counts", "telemetry",
-    "deadlines", "attempts", "digests", "refusals", "ndjson", "client", "endpoint",
+    "deadlines", "attempts", "timestamps", "digests", "refusals", "ndjson", "client", "endpoint",
     "wakers", "reloads", "overflow", "warming",
     "traits", "prefixes", "late_messages",
     "live", "bounds", "tickets", "tallies", "queues", "admission", "balance", "pools", "progress",

@@ -19,6 +19,7 @@ from langchain_aegis.embedded.scripted import ScriptedModel
 from langchain_aegis.errors import AegisServerError
 from langchain_aegis.flows import run
 from langchain_aegis.testing import ScriptedOllama
+from langchain_aegis.timestamps import unix_s
 from langchain_aegis.writes import the_writer
 
 OLD, NEW = "a" * 64, "b" * 64
@@ -203,12 +204,12 @@ def test_before_an_answer_was_kept_nothing_is_asked(server, make_cache, ask):
 
 @pytest.mark.parametrize("timestamp", ["2026-01-02T03:04:05.123456789Z", "2026-01-02T04:04:05.1+01:00"])
 def test_timestamps_of_ollama_are_read(timestamp):
-    assert 0 < digests.unix_s(timestamp) - 1_767_323_045 < 1
+    assert 0 < unix_s(timestamp) - 1_767_323_045 < 1
 
 
 @pytest.mark.parametrize("nothing", [None, "", 5, "yesterday", "9999-99-99T00:00:00Z"])
 def test_others_are_none(nothing):
-    assert digests.unix_s(nothing) is None
+    assert unix_s(nothing) is None
 
 
 def test_the_same_version_on_another_server_shares_answers(server, make_cache, ask):

@@ -14,6 +14,7 @@ from langchain_aegis.identity import normalise_model
 from langchain_aegis.ollama.findings import Finding, Severity
 from langchain_aegis.ollama.knowledge import knowledge, version_tuple
 from langchain_aegis.settings import AegisSettings
+from langchain_aegis.timestamps import unix_s
 
 DEFAULT_EMBEDDER = "bge-m3"
 SMALL_WINDOW = 4096  # the default without a large GPU: three retrieved documents fill it
@@ -103,11 +104,11 @@ def judge_loaded(where: str, model: Mapping[str, Any], *, now: datetime, gpu: bo
             fix="Use a smaller window, fewer slots, a smaller quantisation, or unload other models." if partly
             else "If there is a GPU: give it to the container (device reservation) and look into the server's log.",
         )  # fmt: skip
-    expires = _time(model.get("expires_at"))
-    if expires is not None and timedelta() < expires - now < SOON:
+    expires_s = unix_s(model.get("expires_at"))
+    if expires_s is not None and 0 < (left_s := expires_s - now.timestamp()) < SOON.total_seconds():
         yield Finding(
             code="keep-alive-expiring", severity="warning", where=where,
-            what=f"{name} is unloaded in {(expires - now).seconds} seconds if nobody asks it",
+            what=f"{name} is unloaded in {int(left_s)} seconds if nobody asks it",
             why="The next call then waits until it is loaded again, and its prompt caches are lost.",
             fix="Send keep_alive=30m with every call (ChatAegis does), or set OLLAMA_KEEP_ALIVE=24h at the server.",
         )  # fmt: skip
@@ -256,12 +257,3 @@ def _name(model: Mapping[str, Any]) -> str:
 
 def _whole(value: Any) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
-
-
-def _time(value: Any) -> datetime | None:
-    """Return a time of the server, which has nine digits after the point and a year of 2318 for "never"."""
-    try:
-        found = datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", str(value)))
-    except ValueError:
-        return None
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
