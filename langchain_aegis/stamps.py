@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -31,35 +31,77 @@ class Pending:
     times: int = 1
 
 
+_Name = tuple[object, str, str]  # the engine, and what it was asked
+
+_RECENT = 16
+
+
+@dataclass(slots=True)
+class _Kept:
+    """Lookups, the last ones apart: noting one more copies only those. Never changed once it is made.
+
+    Attributes:
+        recent: The last ones, the newest last; None for one of `older` that was taken or noted again.
+        older: All before them.
+    """
+
+    recent: Mapping[_Name, Pending | None] = field(default_factory=dict)
+    older: Mapping[_Name, Pending] = field(default_factory=dict)
+
+    def find(self, name: _Name) -> Pending | None:
+        """Return the lookup of this name."""
+        return self.recent[name] if name in self.recent else self.older.get(name)
+
+    def with_(self, name: _Name, pending: Pending | None) -> _Kept:
+        """Return the same with this as the newest; None: without it."""
+        recent = dict(self.recent)
+        recent.pop(name, None)
+        if pending is not None or name in self.older:
+            recent[name] = pending
+        return _Kept(recent, self.older) if len(recent) <= _RECENT else _Kept(older=_joined(self.older, recent))
+
+
+def _joined(older: Mapping[_Name, Pending], recent: Mapping[_Name, Pending | None]) -> dict[_Name, Pending]:
+    """Return all as one, the newest last."""
+    kept = dict(older)
+    for name, pending in recent.items():
+        kept.pop(name, None)
+        if pending is not None:
+            kept[name] = pending
+    return kept
+
+
 _NONE: Mapping[Any, Any] = MappingProxyType({})
 _stamp: ContextVar[str] = ContextVar("aegis_lookup_stamp", default="")
 # Values are replaced, never changed: a copied context has its own.
-_pending: ContextVar[Mapping[tuple[object, str, str], Pending]] = ContextVar("aegis_pending", default=_NONE)
+_pending: ContextVar[_Kept] = ContextVar("aegis_pending", default=_Kept())
 _forgotten: ContextVar[Mapping[object, Pending]] = ContextVar("aegis_forgotten", default=_NONE)
 
 
 def remember(engine: object, prompt: str, llm_string: str, who: Any, found: Any) -> None:
     """Keep a lookup for the update that follows in the same context."""
     name = (engine, prompt, llm_string)
-    kept = dict(_pending.get())
-    before = kept.pop(name, None)
-    if len(kept) >= _KEPT:
-        (owner, *_), gone = next(iter(kept.items()))
-        del kept[next(iter(kept))]
-        _forgotten.set({owner: gone, **_forgotten.get()})  # the first one counts
-    kept[name] = Pending(who, found, before.times + 1 if before is not None else 1)
+    kept = _pending.get()
+    before = kept.find(name)
+    kept = kept.with_(name, Pending(who, found, before.times + 1 if before is not None else 1))
+    if len(kept.older) > _KEPT:
+        older = dict(kept.older)
+        while len(older) > _KEPT:
+            (owner, *_), gone = first = next(iter(older.items()))
+            del older[first[0]]
+            _forgotten.set({owner: gone, **_forgotten.get()})  # the first one counts
+        kept = _Kept(kept.recent, older)
     _pending.set(kept)
 
 
 def recall(engine: object, prompt: str, llm_string: str) -> Pending | None:
     """Take the last lookup of this prompt in this context; None if there was none."""
     name = (engine, prompt, llm_string)
-    kept = dict(_pending.get())
-    if (found := kept.pop(name, None)) is None:
+    kept = _pending.get()
+    if (found := kept.find(name)) is None:
         return None
-    if found.times > 1:
-        kept[name] = Pending(found.who, found.found, found.times - 1)
-    _pending.set(kept)
+    left = Pending(found.who, found.found, found.times - 1) if found.times > 1 else None
+    _pending.set(kept.with_(name, left))
     return found
 
 

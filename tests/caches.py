@@ -95,7 +95,8 @@ class Driver:
             return self._loop.run_until_complete(self._loop.create_task(call, context=context))
         finally:
             for variable in (_pending, _forgotten):
-                variable.set(context.get(variable, {}))
+                if variable in context:
+                    variable.set(context[variable])
 
     def wait_for(self, late):
         return self._loop.run_until_complete(late) if self.awaited else late.result(10)

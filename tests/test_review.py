@@ -99,7 +99,7 @@ def test_an_invalidation_wins_over_every_prompt_of_one_call(make_cache, prompts)
 def test_more_prompts_than_are_kept_in_mind_are_still_not_stored_outdated(make_cache, monkeypatch):
     monkeypatch.setattr("langchain_aegis.stamps._KEPT", 3)
     cache = make_cache()
-    prompts = [f"Prompt {n}" for n in range(8)]
+    prompts = [f"Prompt {n}" for n in range(60)]
     for text in prompts:
         assert cache.lookup(text, MODEL) is None
     cache.invalidate(model="m")
