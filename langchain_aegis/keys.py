@@ -15,6 +15,7 @@ from itertools import chain, pairwise
 from typing import Any
 
 from langchain_aegis.chunks import ChunkRule, Chunks, Part
+from langchain_aegis.known_prompts import KnownPrompts
 from langchain_aegis.messages import Message, dumps, parse_prompt
 from langchain_aegis.model_parts import ModelPart, model_fields, parse_llm_string
 from langchain_aegis.notices import warn_once
@@ -119,30 +120,36 @@ class _PromptKey(Key):
 
 
 class _Reading:
-    """A prompt that was taken apart, and what it asks once somebody wants to know."""
+    """A prompt that can be read, and what it asks once somebody wants to know."""
 
-    __slots__ = ("_known", "_marked", "_messages", "_model", "_ring", "_who")
+    __slots__ = ("_known", "_marked", "_messages", "_model", "_prompt", "_ring", "_who")
 
-    def __init__(
-        self, ring: Keyring, messages: Sequence[Message], marked: str | None, who: Who, model: ModelPart
-    ) -> None:
+    def __init__(self, ring: Keyring, prompt: str, marked: str | None, who: Who, model: ModelPart) -> None:
         self._ring = ring
-        self._messages = messages
+        self._prompt = prompt
         self._marked = marked
         self._who = who
         self._model = model
+        self._messages: Sequence[Message] | None = None
         self._known: _Meaning | None = None
 
+    def messages(self) -> Sequence[Message] | None:
+        """Return the prompt taken apart; None if it cannot be read."""
+        if (messages := self._messages) is None:
+            messages = self._messages = parse_prompt(self._prompt)
+        return messages
+
     def length(self) -> int:
-        return 0 if self._known is not None else sum(len(m.text or "") for m in self._messages)
+        return 0 if self._known is not None else sum(len(m.text or "") for m in self.messages() or ())
 
     def meaning(self) -> _Meaning:
         if (known := self._known) is None:
-            known = self._known = self._ring._meaning(self._messages, self._marked, self._who, self._model)
+            known = self._known = self._ring._meaning(self.messages() or (), self._marked, self._who, self._model)
         return known
 
     def fields(self) -> dict[str, str]:
-        return self._ring._prompt_fields(self._messages, self.meaning().span, self._who, self._model.canonical)
+        span, told = self.meaning().span, self.messages() or ()
+        return self._ring._prompt_fields(told, span, self._who, self._model.canonical)
 
 
 @dataclass(slots=True)
@@ -157,10 +164,11 @@ class _Meaning:
 
 @dataclass(frozen=True, slots=True)
 class _Owner:
-    """What the keys of one caller and model have in common; `exact` and `scope` begin their digests."""
+    """What the keys of one caller and model have in common. Three begin digests; `raw` is of a prompt as it comes."""
 
     exact: Any
     scope: Any
+    raw: Any
     things: tuple[str, ...]
     tenant: str
     user: str | None
@@ -237,6 +245,7 @@ class Keyring:
         self._labels = labels if labels is not None else LABELS
         self._chunks = Chunks(chunks)
         self._owner = functools.lru_cache(maxsize=256)(self._make_owner)
+        self._known = KnownPrompts()
 
     def for_prompt(self, prompt: str, llm_string: str, who: Who, question: str | None = None) -> Key | Declined:
         """Return the key of a call that LangChain describes with two strings.
@@ -252,18 +261,29 @@ class Keyring:
             return Declined("unnamed_model")
         if model is None:
             model = ModelPart(llm_string, None)
-        messages = parse_prompt(prompt)
-        if messages is None:
-            return Declined("unreadable_prompt")
         owner = self._owner(who.tenant, who.user, who.task, model.name, model.canonical)
-        reading = _Reading(self, messages, question, who, model)
+        reading = _Reading(self, prompt, question, who, model)
+        if self._ignore:  # then the key may depend on which part is said to be the question
+            exact = self._exact(owner, reading)
+        else:
+            digest = owner.raw.copy()
+            digest.update(prompt.encode("utf-8", "surrogatepass"))
+            raw = digest.digest()
+            if (exact := self._known.get(raw)) is None and (exact := self._exact(owner, reading)) is not None:
+                self._known.put(raw, exact)
+        return Declined("unreadable_prompt") if exact is None else _PromptKey(exact, owner, reading)
+
+    def _exact(self, owner: _Owner, reading: _Reading) -> str | None:
+        """Return the exact key of a prompt; None if it cannot be read."""
+        if not (messages := reading.messages()):
+            return None
         span = reading.meaning().span if self._ignore else None  # patterns do not apply to the question
         *others, last = messages
         rows = [self._exact_row(m, None, last=False) for m in others]
         rows.append(self._exact_row(last, span, last=True))
         digest = owner.exact.copy()
         digest.update(_framed(chain.from_iterable(rows)))
-        return _PromptKey(digest.hexdigest(), owner, reading)
+        return str(digest.hexdigest())
 
     def _meaning(self, messages: Sequence[Message], question: str | None, who: Who, model: ModelPart) -> _Meaning:
         """Return scope, question, and why only the exact tier applies."""
@@ -317,8 +337,8 @@ class Keyring:
         who = Who(tenant=tenant_name, user=user_name, task=task)
         named = (*self._who(who), canonical)
         return _Owner(
-            self._begun("exact", *named), self._begun("scope", *named), tuple(things), tenant, user,
-            tenant_name is not None, task or "", tuple(sets),
+            self._begun("exact", *named), self._begun("scope", *named), self._begun("raw", *named), tuple(things),
+            tenant, user, tenant_name is not None, task or "", tuple(sets),
         )  # fmt: skip
 
     def _who(self, who: Who) -> tuple[str | None, ...]:

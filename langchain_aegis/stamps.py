@@ -74,7 +74,8 @@ def _joined(older: Mapping[_Name, Pending], recent: Mapping[_Name, Pending | Non
 _NONE: Mapping[Any, Any] = MappingProxyType({})
 _stamp: ContextVar[str] = ContextVar("aegis_lookup_stamp", default="")
 # Values are replaced, never changed: a copied context has its own.
-_pending: ContextVar[_Kept] = ContextVar("aegis_pending", default=_Kept())
+_NOTHING = _Kept()
+_pending: ContextVar[_Kept] = ContextVar("aegis_pending", default=_NOTHING)
 _forgotten: ContextVar[Mapping[object, Pending]] = ContextVar("aegis_forgotten", default=_NONE)
 
 

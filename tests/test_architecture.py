@@ -19,7 +19,7 @@ ORDER = [
     "errors", "settings", "home", "notices", "nesting", "scope", "stamps", "loops", "breaker", "flows", "forks",
     "nonces", "cut_answers",
     "_compat", "tuning", "messages", "lexicon", "tokens", "profiles", "verification", "tasks", "questions", "identity",
-    "options", "chunks", "model_parts", "ciphers", "seals", "keys",
+    "options", "chunks", "model_parts", "ciphers", "seals", "known_prompts", "keys",
     "entries", "answers", "replays", "hits", "vectors",
     "replies", "namespace", "nearby", "indexes", "scripts", "links", "store", "tls", "sentinels", "connections",
     "pushes", "sweeper", "writes",

@@ -299,3 +299,36 @@ def test_the_digests_of_a_scopes_parts_are_written_and_read():
         fields = made.fields()
         assert read_fields(written_fields(fields)) == fields
     assert read_fields("") == read_fields("p0123") == read_fields("x" * 105) == {}
+
+
+def test_a_prompt_that_is_known_already_has_the_key_that_it_had_at_first():
+    prompts = [dumps([BASE[0], HumanMessage(f"Is {n} a number?")]) for n in range(30)]
+    prompts += ["A plain prompt?", "\ud800", prompts[0].replace('"lc": 1', '"lc": 2', 1), prompts[0] + " "]
+    calls = [
+        (prompt, llm, who, question)
+        for prompt in prompts
+        for llm in (MODEL, MODEL.replace("m:1", "m:2"))
+        for who in (Who(), Who(tenant="acme"), Who(tenant="acme", user="alice"), Who(user="acme"))
+        for question in (None, "Is 3 a number?")
+    ]
+    for told in ({}, {"scope_ignore": [r"\d+"]}, {"share_within_tenant": True}):
+        ring = Keyring(SECRET, **told)
+        first = [ring.for_prompt(*call) for call in calls]
+        for call, before in zip(calls, first, strict=True):
+            again, alone = ring.for_prompt(*call), Keyring(SECRET, **told).for_prompt(*call)
+            if isinstance(alone, Declined):
+                assert again == before == alone
+                continue
+            assert again.exact == before.exact == alone.exact
+            assert (again.scope, again.question, again.exact_only) == (alone.scope, alone.question, alone.exact_only)
+            assert again.fields() == alone.fields()
+
+
+def test_prompts_that_take_each_others_place_keep_their_keys(monkeypatch):
+    monkeypatch.setattr("langchain_aegis.known_prompts._PLACES", 3)
+    ring = Keyring(SECRET)
+    prompts = [dumps([HumanMessage(f"Is {n} a number?")]) for n in range(50)]
+    asked = [prompts[n // 2 * 7 % 50] for n in range(200)]  # each is known the second time, and then no more
+    keys = {prompt: Keyring(SECRET).for_prompt(prompt, MODEL, Who()).exact for prompt in prompts}
+    assert len(set(keys.values())) == 50
+    assert [ring.for_prompt(prompt, MODEL, Who()).exact for prompt in asked] == [keys[prompt] for prompt in asked]
