@@ -186,7 +186,7 @@ class Engine(Updates):
     @staticmethod
     def _note(found: Lookup) -> None:
         """Say what a call that joins another one's must have in common with it."""
-        stamp = found.epochs.stamp() if found.epochs is not None else ""
+        stamp = found.epochs.stamp if found.epochs is not None else ""
         note_lookup(f"{stamp} {found.asked.digest}" if found.asked.digest else stamp)
 
     # -- parts ----------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ class Engine(Updates):
             marks = {
                 "tier": found.tier,
                 "similarity": round(found.similarity or 0.0, 4),
-                "age_s": round(max(0, now_ms() - record.created_ms) / 1000, 3),
+                "age_s": max(0, now_ms() - record.created_ms) / 1000,
                 "lookup_id": found.lookup_id,
             }
             if record is found.stale:

@@ -16,13 +16,14 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, Final, Literal, TypeVar
 
+import orjson
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, Generation
 from pydantic import BaseModel
 
 from langchain_aegis.cut_answers import rests_on_a_part
-from langchain_aegis.messages import dumps, loads
+from langchain_aegis.messages import dumps, is_simple, loads
 from langchain_aegis.nonces import nonces
 from langchain_aegis.seals import Seal
 
@@ -241,7 +242,9 @@ def calls_tools(generations: Sequence[Generation]) -> bool:
 
 def encode_answer(generations: Sequence[Generation]) -> bytes:
     """Write generations as JSON. Raises TypeError or ValueError if they hold what JSON cannot."""
-    return dumps({"kind": "generations", "items": [_plain(g) for g in generations]}, sort=False)
+    data = dumps({"kind": "plain", "items": [_plain(g) for g in generations]}, sort=False)
+    # It is said here, once, whether the quick parser reads it exactly, so that no hit has to look.
+    return data if is_simple(data) else data.replace(_PLAIN, _ANY, 1)
 
 
 def decode_answer(data: bytes, *, marks: Mapping[str, Any] | None = None) -> list[Generation] | None:
@@ -252,9 +255,9 @@ def decode_answer(data: bytes, *, marks: Mapping[str, Any] | None = None) -> lis
         marks: Put into each message's `response_metadata["aegis_cache"]`.
     """
     try:
-        document = loads(data)
-        if document["kind"] != "generations":
+        if not data.startswith((_PLAIN, _ANY)):
             return None
+        document = orjson.loads(data) if data.startswith(_PLAIN) else loads(data)
         return [_revived(item, marks) for item in document["items"]] or None
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return None
@@ -289,6 +292,9 @@ def messages_in(value: Any) -> list[AIMessage]:
         value = list(value.values())
     return [m for v in value for m in messages_in(v)] if isinstance(value, (list, tuple)) else []
 
+
+_PLAIN: Final = b'{"kind":"plain",'
+_ANY: Final = b'{"kind":"generations",'
 
 _TAG = "__aegis__"  # marks what is no plain JSON; a value that holds this name itself is not kept
 
@@ -336,7 +342,7 @@ def _message_fields(message: AIMessage) -> dict[str, Any]:
     return {
         "content": message.content,
         "tool_calls": [{"name": c["name"], "args": c["args"], "id": c["id"]} for c in message.tool_calls],
-        "usage": dict(usage) if usage else None,
+        "usage": _complete_usage(usage),
         "metadata": {k: v for k, v in message.response_metadata.items() if k in _KEPT_METADATA},
         "extra": message.additional_kwargs,
         "name": message.name,
@@ -356,12 +362,13 @@ def _revived(item: dict[str, Any], marks: Mapping[str, Any] | None) -> Generatio
 
 
 def _revived_message(item: dict[str, Any], marks: Mapping[str, Any] | None) -> AIMessage:
-    metadata = dict(item["metadata"])
+    """Return the message that `_message_fields` took apart; `item`, parsed for it alone, becomes part of it."""
+    metadata = item["metadata"]
     if marks is not None:
-        metadata["aegis_cache"] = dict(marks)
+        metadata["aegis_cache"] = told_of_hit = dict(marks)
         if isinstance(took_ns := item.get("took_ns"), int):
-            metadata["aegis_cache"]["generation_s"] = round(took_ns / 1e9, 3)
-    content, calls, extra, usage = item["content"], item["tool_calls"], item["extra"], _complete_usage(item["usage"])
+            told_of_hit["generation_s"] = round(took_ns / 1e9, 3)
+    content, calls, extra, usage = item["content"], item["tool_calls"], item["extra"], item["usage"]
     # A new id per hit: with the old one, LangGraph's add_messages would replace the earlier message.
     identity = f"aegis-{nonces.draw().hex()}"
     if type(content) is not str or calls or extra:
@@ -378,13 +385,19 @@ def _revived_message(item: dict[str, Any], marks: Mapping[str, Any] | None) -> A
     return _like(_plain_message(), told)
 
 
+_put_fields, _put_set, _put_extra, _put_private = (
+    BaseModel.__dict__[name].__set__
+    for name in ("__dict__", "__pydantic_fields_set__", "__pydantic_extra__", "__pydantic_private__")
+)  # as object.__setattr__ finds them each time
+
+
 def _like(model: M, told: dict[str, Any]) -> M:
     """Return a model of the same kind with the fields `told`, all of them; nothing is checked or copied."""
-    made, put = object.__new__(type(model)), object.__setattr__
-    put(made, "__dict__", told)
-    put(made, "__pydantic_fields_set__", model.__pydantic_fields_set__.copy())
-    put(made, "__pydantic_extra__", None if model.__pydantic_extra__ is None else {})
-    put(made, "__pydantic_private__", None)
+    made = object.__new__(type(model))
+    _put_fields(made, told)
+    _put_set(made, model.__pydantic_fields_set__.copy())
+    _put_extra(made, None if model.__pydantic_extra__ is None else {})
+    _put_private(made, None)
     return made
 
 
@@ -402,9 +415,9 @@ def _plain_generation() -> ChatGeneration:
     return ChatGeneration(message=_plain_message())
 
 
-def _complete_usage(usage: dict[str, Any] | None) -> Any:
+def _complete_usage(usage: Mapping[str, Any] | None) -> dict[str, Any]:
     """Usage with every required count, marked as read from a cache; event streams fail without the counts."""
-    told = {} if usage is None else usage.copy()
+    told = dict(usage or {})
     told.pop("total_cost", None)
     read, written = int(told.get("input_tokens") or 0), int(told.get("output_tokens") or 0)
     told["input_tokens"], told["output_tokens"] = read, written

@@ -19,6 +19,7 @@ _MESSAGES_PREFIX = '[{"lc": 1, "type": "constructor", "id": ["langchain", "schem
 # Copies of fields that stand elsewhere in the message, with ids that differ between runs.
 _DROPPED_KWARGS = frozenset({"tool_calls"})
 _DIGITS = bytes.maketrans(b"123456789", b"000000000")
+_SURROGATE = b"\\ud"  # as `json` writes a lone one, and others beside it
 _INERT_BLOCKS = frozenset({"text", "tool_call", "tool_use", "reasoning", "thinking"})
 
 
@@ -77,10 +78,19 @@ def loads(data: str | bytes) -> Any:
     standard library.
     """
     raw = data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass")
-    if b"0" * 19 not in raw.translate(_DIGITS):  # a pattern for 19 digits takes ten times as long
+    if not _has_long_number(raw):
         with contextlib.suppress(orjson.JSONDecodeError):
             return orjson.loads(raw)
     return json.loads(raw.decode("utf-8", "surrogatepass"))
+
+
+def is_simple(data: bytes) -> bool:
+    """Return whether orjson alone reads what `dumps` wrote exactly."""
+    return not _has_long_number(data) and _SURROGATE not in data
+
+
+def _has_long_number(data: bytes) -> bool:
+    return b"0" * 19 in data.translate(_DIGITS)  # a pattern for 19 digits takes ten times as long
 
 
 def dumps(value: Any, *, sort: bool = True) -> bytes:

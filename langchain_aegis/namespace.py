@@ -326,10 +326,9 @@ def named(things: Sequence[str], given: str | None, kind: str) -> str | None:
 
 def lives(record: Record, epochs: Epochs) -> bool | None:
     """Return whether nothing has invalidated a record since its making began; None: its sources must be asked for."""
-    made = _clock(record, epochs)
-    if made is None or record.created_ms < epochs.before_ms:
-        return False
-    if epochs.dead and max(epochs.dead) > made:
+    # As a rule nothing was invalidated since; then the stamp says so without being read.
+    made = epochs.clock if record.epochs == epochs.stamp else _clock(record, epochs)
+    if made is None or record.created_ms < epochs.before_ms or epochs.newest > made:
         return False
     # Only if some source was invalidated after it: which ones?
     return None if record.src and epochs.source > made else True

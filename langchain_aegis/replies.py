@@ -21,9 +21,9 @@ from langchain_aegis.entries import Record
 from langchain_aegis.profiles import Profile
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Epochs:
-    """What a namespace says about invalidations, at one moment.
+    """What a namespace says about invalidations, at one moment. Not changed once it is made.
 
     Attributes:
         id: The namespace's incarnation: drawn when its first entry is written, gone with a FLUSHALL.
@@ -35,6 +35,8 @@ class Epochs:
         before_ms: Records that were made earlier are dead, in unix milliseconds.
         opted_out: Whether the user wants nothing of his to be kept.
         trash: Whether invalidated records are still to be unlinked.
+        stamp: What is written into a record whose making began now.
+        newest: The clock at which any of the things asked for was last invalidated.
     """
 
     id: str
@@ -46,10 +48,12 @@ class Epochs:
     before_ms: int = 0
     opted_out: bool = False
     trash: bool = False
+    stamp: str = field(init=False)
+    newest: int = field(init=False)
 
-    def stamp(self) -> str:
-        """Return what is written into a record whose making began now."""
-        return f"{self.id}:{self.clock}"
+    def __post_init__(self) -> None:
+        self.stamp = f"{self.id}:{self.clock}"
+        self.newest = max(self.dead, default=0)
 
 
 @dataclass(slots=True)

@@ -93,7 +93,7 @@ class Transfer(Performer):
                 if record is not None and record.expires_ms <= now_ms():
                     reply = "expired"
                 elif record is not None:
-                    fitting = record if _from_here(record, epochs) else replace(record, epochs=epochs.stamp())
+                    fitting = record if _from_here(record, epochs) else replace(record, epochs=epochs.stamp)
                     reply = self._insist(partial(_put, store, fitting, anonymous))
                 if reply == "stored":
                     taken += 1

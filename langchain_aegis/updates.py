@@ -423,7 +423,7 @@ class Updates:
             key=key.exact, scope=key.scope if by_meaning else "", emb=found.embedder if by_meaning else "",
             fields=written_fields(key.fields()), digest=found.asked.digest,
             created_ms=created_ms, fresh_ms=fresh_ms if stale_ms else 0, expires_ms=fresh_ms + stale_ms,
-            epochs=epochs.stamp(), answer=made.answer, negative=negative,
+            epochs=epochs.stamp, answer=made.answer, negative=negative,
             profile=found.profile.encode() if by_meaning and found.profile is not None else b"",
             vec=found.vector if by_meaning else b"", src=tuple(sources + extra), sets=(*key.sets, *sources),
             task=key.task, question=(key.question or "") if o.keep_questions else "",

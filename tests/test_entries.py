@@ -243,3 +243,19 @@ def test_two_hits_share_nothing_that_can_be_changed():
         *fresh.message.model_fields_set,
     }  # fmt: skip
     assert fresh.message.id not in (one.message.id, other.message.id)
+
+
+@pytest.mark.parametrize(
+    "odd", ["a lone \ud800 surrogate", "\\ud800 in letters", "x\u2028\U0001f600", 2**63 - 1, 2**64 + 1, 10**18, -(10**30), 1e300],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["content", "argument", "metadata"])
+def test_whatever_the_quick_parser_would_change_comes_back_as_it_was(odd, place):
+    call = {"name": "f", "args": {"a": odd}, "id": "1", "type": "tool_call"}
+    message = AIMessage(
+        str(odd) if place == "content" else "Yes.",
+        tool_calls=[call] if place == "argument" else [],
+        response_metadata={"done_reason": "stop", **({"model": odd} if place == "metadata" else {})},
+    )
+    (got,) = decode_answer(encode_answer([ChatGeneration(message=message)]))
+    assert (got.message.content, got.message.tool_calls) == (message.content, message.tool_calls)
+    assert got.message.response_metadata == message.response_metadata

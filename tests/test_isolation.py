@@ -38,7 +38,7 @@ class Scopes:
         """Store record `number` of `scope`, whose question points `angle` away from the one asked."""
         record = Record(
             key=f"{number:032x}", scope=scope, emb=EMBEDDER, digest="", created_ms=NOW_MS, expires_ms=NOW_MS + 60_000,
-            epochs=self._do(self.store.epochs(["namespace"])).stamp(), answer=b"{}", vec=vector(angle),
+            epochs=self._do(self.store.epochs(["namespace"])).stamp, answer=b"{}", vec=vector(angle),
             sets=("tenant:x",),
         )  # fmt: skip
         put = self.store.put(record, things=["namespace"], now_ms=NOW_MS, tenanted=False)

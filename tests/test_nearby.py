@@ -50,7 +50,7 @@ class Kept:
     def put(self, i, of=A, vector=(1.0, 0.0), expires_ms=NOW + HOUR, **how):
         epochs = self.do(self.store.epochs(THINGS))
         record = Record(
-            key=name(i), scope=of, emb=EMB, digest="", created_ms=NOW, expires_ms=expires_ms, epochs=epochs.stamp(),
+            key=name(i), scope=of, emb=EMB, digest="", created_ms=NOW, expires_ms=expires_ms, epochs=epochs.stamp,
             answer=b"{}", vec=pack(vector), sets=("tenant:a",),
         )  # fmt: skip
         assert self.do(self.store.put(record, things=THINGS, now_ms=NOW, tenanted=False, **how)) == "stored"

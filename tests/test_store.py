@@ -54,7 +54,7 @@ class Kept:
         epochs = epochs or self.epochs()
         record = Record(**{
             "key": exact, "scope": SCOPE, "emb": EMB, "digest": "", "created_ms": now_ms, "expires_ms": now_ms + ttl_ms,
-            "epochs": epochs.stamp(), "answer": b"{}", **fields,
+            "epochs": epochs.stamp, "answer": b"{}", **fields,
         })  # fmt: skip
         record = replace(record, sets=(*sets, *(s for s in record.src if s.startswith("source:"))))
         put = self.store.put(
@@ -353,7 +353,7 @@ def test_a_server_that_refuses_writes_costs_nothing_but_the_entry(kept):
         digest="",
         created_ms=NOW,
         expires_ms=NOW + 1,
-        epochs=epochs.stamp(),
+        epochs=epochs.stamp,
         answer=b"",
         sets=("tenant:a",),
     )
