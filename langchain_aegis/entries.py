@@ -338,15 +338,19 @@ def _plain(generation: Generation) -> dict[str, Any]:
 
 
 def _message_fields(message: AIMessage) -> dict[str, Any]:
-    usage = message.usage_metadata
-    return {
-        "content": message.content,
+    """Return what is kept of a message; what is empty is left out: most answers are text and nothing else."""
+    told = message.response_metadata
+    more = {
         "tool_calls": [{"name": c["name"], "args": c["args"], "id": c["id"]} for c in message.tool_calls],
-        "usage": _complete_usage(usage),
-        "metadata": {k: v for k, v in message.response_metadata.items() if k in _KEPT_METADATA},
         "extra": message.additional_kwargs,
         "name": message.name,
-        "took_ns": message.response_metadata.get("total_duration"),
+        "took_ns": told.get("total_duration"),
+    }
+    return {
+        "content": message.content,
+        "usage": _counts(message.usage_metadata),
+        "metadata": {k: v for k, v in told.items() if k in _KEPT_METADATA},
+        **{name: value for name, value in more.items() if value not in (None, [], {})},
     }
 
 
@@ -368,18 +372,19 @@ def _revived_message(item: dict[str, Any], marks: Mapping[str, Any] | None) -> A
         metadata["aegis_cache"] = told_of_hit = dict(marks)
         if isinstance(took_ns := item.get("took_ns"), int):
             told_of_hit["generation_s"] = round(took_ns / 1e9, 3)
-    content, calls, extra, usage = item["content"], item["tool_calls"], item["extra"], item["usage"]
+    content, calls, extra, name = item["content"], item.get("tool_calls", []), item.get("extra", {}), item.get("name")
+    usage = _usage(item["usage"])
     # A new id per hit: with the old one, LangGraph's add_messages would replace the earlier message.
     identity = f"aegis-{nonces.draw().hex()}"
     if type(content) is not str or calls or extra:
         return AIMessage(
-            content=content, id=identity, name=item["name"],
+            content=content, id=identity, name=name,
             tool_calls=[{"name": c["name"], "args": c["args"], "id": c["id"], "type": "tool_call"} for c in calls],
             additional_kwargs=extra, response_metadata=metadata, usage_metadata=usage,
         )  # fmt: skip
     # What was a message when it was signed needs no second check; that takes as long as asking Redis.
     told = _plain_message().__dict__.copy()
-    told["content"], told["id"], told["name"] = content, identity, item["name"]
+    told["content"], told["id"], told["name"] = content, identity, name
     told["additional_kwargs"], told["response_metadata"], told["usage_metadata"] = extra, metadata, usage
     told["tool_calls"], told["invalid_tool_calls"] = calls, []
     return _like(_plain_message(), told)
@@ -415,12 +420,24 @@ def _plain_generation() -> ChatGeneration:
     return ChatGeneration(message=_plain_message())
 
 
-def _complete_usage(usage: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Usage with every required count, marked as read from a cache; event streams fail without the counts."""
-    told = dict(usage or {})
-    told.pop("total_cost", None)
-    read, written = int(told.get("input_tokens") or 0), int(told.get("output_tokens") or 0)
-    told["input_tokens"], told["output_tokens"] = read, written
-    told["total_tokens"] = int(told.get("total_tokens") or read + written)
-    told["input_token_details"] = {**(told.get("input_token_details") or {}), "cache_read": read}
+def _counts(usage: Mapping[str, Any] | None) -> list[Any]:
+    """Return the counts of tokens read and written, and what they do not tell, if there is anything."""
+    more = dict(usage or {})
+    more.pop("total_cost", None)
+    read, written = int(more.pop("input_tokens", 0) or 0), int(more.pop("output_tokens", 0) or 0)
+    if (total := int(more.pop("total_tokens", 0) or 0)) not in (0, read + written):
+        more["total_tokens"] = total
+    told = {name: value for name, value in more.items() if value is not None}
+    return [read, written, told] if told else [read, written]
+
+
+def _usage(counts: Sequence[Any]) -> Any:
+    """Return usage with every required count, marked as read from a cache; event streams fail without the counts."""
+    read, written, *more = counts
+    if type(read) is not int or type(written) is not int:
+        raise TypeError("not a count")
+    told: dict[str, Any] = {"input_tokens": read, "output_tokens": written, "total_tokens": read + written}
+    for other in more:
+        told.update(other)
+    told["input_token_details"] = {**told.get("input_token_details", {}), "cache_read": read}
     return told

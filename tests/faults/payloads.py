@@ -17,7 +17,7 @@ PROMPT = constructor("langchain", "prompts", "prompt", "PromptTemplate", templat
 CHAT = constructor("langchain", "chat_models", "openai", "ChatOpenAI", openai_api_key="sk-canary")
 SECRET = {"lc": 1, "type": "secret", "id": ["AEGIS_FAULT_CANARY"]}
 MESSAGE = {
-    "content": "planted", "tool_calls": [], "usage": None, "metadata": {}, "extra": {}, "name": None, "took_ns": None,
+    "content": "planted", "tool_calls": [], "usage": [0, 0], "metadata": {}, "extra": {}, "name": None, "took_ns": None,
 }  # fmt: skip
 
 
@@ -59,7 +59,10 @@ DOCUMENTS = {
     "calls lack their fields": message(tool_calls=[{"name": "f"}]),
     "call has odd arguments": message(tool_calls=[{"name": "f", "args": "x", "id": "1"}]),
     "usage is a text": message(usage="many"),
-    "usage lacks its fields": message(usage={"input_tokens": "x"}),
+    "usage is a dict": message(usage={"input_tokens": 1, "output_tokens": 2}),
+    "usage lacks a count": message(usage=[1]),
+    "usage counts in texts": message(usage=["1", "2"]),
+    "usage tells more in a text": message(usage=[1, 2, "more"]),
     "metadata are a list": message(metadata=[1]),
     "extra is a text": message(extra="x"),
     "name is a list": message(name=["x"]),
@@ -75,7 +78,7 @@ DOCUMENTS = {
     "nothing": None,
 }
 
-_PLAIN = b'{"message":{"content":"planted","tool_calls":[],"usage":null,"metadata":{%s},"extra":{},"name":null}}'
+_PLAIN = b'{"message":{"content":"planted","tool_calls":[],"usage":[0,0],"metadata":{%s},"extra":{},"name":null}}'
 _WITH = b'{"kind":"generations","items":[' + _PLAIN + b"]}"
 
 # As bytes: no JSON, or such as no writer of ours writes.
@@ -104,4 +107,9 @@ BYTES = {
     "lone surrogate": b'{"kind":"generations","items":["\\ud800"]}',
     "compressed": b"\x1f\x8b\x08\x00" + b"\x00" * 200,
     "msgpack": b"\x82\xa4kind\xabgenerations\xa5items\x90",
+}
+BYTES |= {
+    f"{name}, said to be plain": data.replace(b'"generations"', b'"plain"', 1)
+    for name, data in BYTES.items()
+    if b'{"kind":"generations"' in data
 }
