@@ -38,7 +38,8 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
     before the first use. A fault of Redis or of the embedder is a miss, never an exception.
 
     Args:
-        redis_url: `redis://`, `rediss://` or `unix://`; default `REDIS_URL`.
+        redis_url: `redis://`, `rediss://` or `unix://`, or `redis+sentinel://host:26379,host:26379/service/0` where
+            Sentinels say which server is the master; default `REDIS_URL`.
         embeddings: What embeds questions; default `OLLAMA_MODEL_EMBEDDINGS`, else bge-m3 if the Ollama server has
             it, else none: then only exact repeats are answered.
         redis: A redis-py client whose server and credentials are used instead of `redis_url`.

@@ -28,6 +28,7 @@ from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.links import AllInUse, AsyncLinks, Link, Links, TooLarge, packed
 from langchain_aegis.loops import PerLoop
 from langchain_aegis.notices import warn_once
+from langchain_aegis.sentinel_urls import SCHEMES, sentinels_of
 from langchain_aegis.sentinels import (
     AsyncSoughtConnection,
     AsyncSoughtTlsConnection,
@@ -50,14 +51,14 @@ _BESIDE_ANSWERS = 20 * 1024 * 1024  # of a reply to a search; where there is non
 _FIRST_PROBE_S = 1.0  # so long one that has gone is left alone ...
 _PROBE_S = 5.0  # ... and then tried no more often than this; it may take as long to answer
 _ASK_AGAIN_S = 0.1  # after so long, if it was late or is still loading
-_SCHEMES = ("redis://", "rediss://", "unix://")
+_SCHEMES = ("redis://", "rediss://", "unix://", *SCHEMES)
 
 
 class Connections:
     """Performs a store's commands, blocking or awaited, on one Redis.
 
     Args:
-        url: `redis://`, `rediss://` or `unix://`.
+        url: `redis://`, `rediss://` or `unix://`, or of Sentinels, see `sentinel_urls`.
         client: Use this client's server and credentials instead (a `redis.Redis` or `redis.asyncio.Redis`; what
             `Sentinel.master_for` made leads to whichever server is the master).
         budget_s: How long one round trip may take; a slower one counts as a fault.
@@ -286,6 +287,8 @@ class Connections:
 
 
 def _connection_arguments(url: str, client: Any, budget_s: float) -> dict[str, Any]:
+    if client is None and (watching := sentinels_of(url)) is not None:
+        client = watching.client()
     if client is None:
         if not url.startswith(_SCHEMES):
             raise AegisConfigError(

@@ -13,6 +13,7 @@ from redis.retry import Retry
 
 from langchain_aegis.ollama.findings import Finding
 from langchain_aegis.ollama.redis_service import EVICTS, FULL, UNBOUNDED
+from langchain_aegis.sentinel_urls import sentinels_of
 from langchain_aegis.settings import AegisSettings, redact_url
 
 TIMEOUT_S = 3.0
@@ -21,11 +22,13 @@ TIMEOUT_S = 3.0
 def check_redis_server(settings: AegisSettings) -> Iterator[Finding]:
     """Ask the Redis that the settings name, with short timeouts."""
     where = redact_url(settings.redis_url)
+    told: dict[str, Any] = {
+        "socket_timeout": TIMEOUT_S, "socket_connect_timeout": TIMEOUT_S, "protocol": 2,
+        "retry": Retry(NoBackoff(), 0), "decode_responses": True,
+    }  # fmt: skip
     try:
-        client = redis.Redis.from_url(
-            settings.redis_url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, protocol=2,
-            retry=Retry(NoBackoff(), 0), decode_responses=True,
-        )  # fmt: skip
+        watching = sentinels_of(settings.redis_url)
+        client = redis.Redis.from_url(settings.redis_url, **told) if watching is None else watching.client(**told)
     except ValueError as exc:
         yield _down(where, f"the address cannot be read ({exc})", "Set REDIS_URL, e.g. redis://127.0.0.1:6379.")
         return

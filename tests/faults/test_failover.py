@@ -160,6 +160,11 @@ class Watched:
         module = redis.asyncio.sentinel if kind == "awaited" else redis.sentinel
         return module.Sentinel([("127.0.0.1", self.port)]).master_for("m")
 
+    def told(self, kind):
+        """Return what a cache is told of it: an address, or a client."""
+        url = f"redis+sentinel://127.0.0.1:1,127.0.0.1:{self.port}/m"
+        return {"url": url} if kind == "address" else {"redis": self.client(kind)}
+
     def close(self):
         self.asked.close()
         self.process.kill()
@@ -180,11 +185,12 @@ def watched(new_server, tmp_path):
     [  # the client is only asked where the Sentinels are: each kind once with each way to call
         ("killed", "blocking", "tasks"), ("killed", "awaited", "threads"), ("frozen", "blocking", "threads"),
         ("frozen", "awaited", "tasks"), ("told", "blocking", "threads"), ("told", "awaited", "tasks"),
+        ("killed", "address", "threads"), ("frozen", "address", "tasks"), ("told", "address", "threads"),
     ],
 )  # fmt: skip
 def test_a_failover_costs_misses_and_then_there_are_hits_again(watched, new_recorder, stored, how, kind, fault):
     """The master is killed, frozen, or made a replica while many ask; nobody gets an error, and nothing wrong."""
-    load = Load(new_recorder(redis=watched.client(kind), **PRODUCTION), how, 16)
+    load = Load(new_recorder(**watched.told(kind), **PRODUCTION), how, 16)
     load(ASKED)
     stored()
     wait_until(lambda: load(ASKED).hits == len(ASKED))
