@@ -19,7 +19,7 @@ from cache_workload import PROMPTS, Item, generations
 from langchain_aegis import AegisSemanticCache, aegis_scope
 from langchain_aegis.breaker import Unavailable
 from langchain_aegis.entries import Record
-from langchain_aegis.lookup import Embed
+from langchain_aegis.steps import Embed
 from langchain_aegis.store import Commands
 from langchain_aegis.updates import Later
 

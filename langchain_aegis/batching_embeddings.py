@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from langchain_aegis.admission import Admission
 from langchain_aegis.embedder import embedder_name
+from langchain_aegis.embedder_models import endpoint_of
 from langchain_aegis.embedding_requests import Embed
 from langchain_aegis.embeddings import digest_in, kept_of
 from langchain_aegis.endpoint import Endpoint
@@ -26,8 +27,7 @@ from langchain_aegis.gathered_embeddings import (
     check_batch,
     check_cache,
 )
-from langchain_aegis.servers import admission_of, check_arguments, server_of
-from langchain_aegis.settings import AegisSettings
+from langchain_aegis.servers import admission_of, check_arguments
 from langchain_aegis.traits import Traits
 
 if TYPE_CHECKING:
@@ -125,14 +125,7 @@ class _Requests:
         self._cache = cache
         self._endpoint: Endpoint | None = None
         if cache is not None and isinstance(inner, OllamaEmbeddings):
-            settings = AegisSettings.from_env()
-            self._endpoint = getattr(inner, "_endpoint", None) or Endpoint.of(
-                server_of(inner) or settings.ollama_base_url,
-                settings,
-                client_kwargs=inner.client_kwargs,
-                sync_client_kwargs=inner.sync_client_kwargs,
-                async_client_kwargs=inner.async_client_kwargs,
-            )
+            self._endpoint = endpoint_of(inner)
 
     @property
     def learns(self) -> bool:

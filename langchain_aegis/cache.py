@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -320,6 +321,10 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
         made = self._given if self._given is not None else self._default_embeddings()
         if made is not None:
             self._engine.calibration = calibrated(made, self.settings)
+            if "langchain_ollama" in sys.modules:  # else it is none of Ollama's
+                from langchain_aegis.embedder_models import models_of
+
+                self._engine.embedder.models = models_of(made)
         return made
 
     def _default_embeddings(self) -> Embeddings | None:

@@ -18,13 +18,14 @@ from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.explain import explain_call, explain_pipeline, explain_question
 from langchain_aegis.flows import Flow, arun, run
 from langchain_aegis.keys import Key
-from langchain_aegis.lookup import Lookup, Work, embed, guard_codes
+from langchain_aegis.lookup import Lookup, embed, guard_codes
 from langchain_aegis.nearby import ranked
 from langchain_aegis.performer import Performer, unfit
 from langchain_aegis.questions import exact_only_reason
 from langchain_aegis.replays import dumped
 from langchain_aegis.reports import read_lookup_id
 from langchain_aegis.results import CacheHealth, CacheStats, Entry, Explanation, Verdict, was_cached
+from langchain_aegis.steps import Work
 from langchain_aegis.store import Invalidation
 from langchain_aegis.updates import now_ms
 from langchain_aegis.vectors import pack, similarities

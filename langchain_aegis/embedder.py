@@ -12,6 +12,7 @@ from langchain_core.embeddings import Embeddings
 
 from langchain_aegis.breaker import Unavailable
 from langchain_aegis.budgets import Budget
+from langchain_aegis.digests import Asked, Server
 
 _RETRY_S = 30.0  # after so long, a missing embedder is looked for again
 
@@ -38,11 +39,16 @@ class Embedder:
         self._lock = threading.Lock()
         self._embeddings: Embeddings | None = None
         self._look_again = 0.0
+        self.models: Sequence[tuple[str, Server]] = ()  # what makes the vectors: a name and who has it, once it is made
 
     @property
     def name(self) -> str | None:
         """The embedder's name, or None while none was found."""
         return embedder_name(self._embeddings) if self._embeddings is not None else None
+
+    def asked(self) -> Asked:
+        """Return the model that makes the vectors, by what is known of it now."""
+        return Asked(self.models)
 
     @property
     def missing(self) -> bool:
@@ -102,8 +108,19 @@ def _embed(embeddings: Embeddings, text: str) -> Sequence[float]:
         raise RuntimeError("the embedder raised StopIteration") from exc
 
 
+def innermost(embeddings: Embeddings) -> Embeddings:
+    """Return what makes the vectors: BatchingEmbeddings, CacheBackedEmbeddings and the like only hand them on."""
+    for _ in range(8):
+        inner = getattr(embeddings, "inner", None) or getattr(embeddings, "underlying_embeddings", None)
+        if not isinstance(inner, Embeddings):
+            break
+        embeddings = inner
+    return embeddings
+
+
 def embedder_name(embeddings: Embeddings) -> str:
     """Return a name that two embedders share only if their vectors can be compared."""
+    embeddings = innermost(embeddings)
     for attribute in ("model", "model_name", "model_id", "deployment", "repo_id"):
         value = getattr(embeddings, attribute, None)
         if isinstance(value, str) and value:

@@ -18,6 +18,7 @@ from langchain_aegis.embedder import embedder_id
 from langchain_aegis.entries import Record
 from langchain_aegis.flows import Flow, Settle
 from langchain_aegis.keys import Key
+from langchain_aegis.steps import Aside, Embed, Verify, Wait, Work
 from langchain_aegis.store import Epochs, Near, Store
 from langchain_aegis.vectors import pack
 from langchain_aegis.verification import Profile, compare, hardly_differ, nearness, profile
@@ -27,42 +28,6 @@ _SERVED: Final = "s"  # begins the note that an entry was served for a text, and
 _UNHEARD: Final = frozenset({"verifier_slow", "verifier_failed"})
 LONG: Final = 4_000  # characters of a prompt that is read in a thread
 AGREES: Final = 0.5  # of a verifier: from here on one answer serves both questions
-
-
-@dataclass(frozen=True, slots=True)
-class Embed:
-    """Ask the embedder for one text's vector; answered by a sequence of numbers."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Verify:
-    """Ask the verifier whether one answer serves both questions; answered by a number in [0, 1]."""
-
-    cached: str
-    new: str
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Do what takes some milliseconds of CPU, off an event loop; answered by what it returns."""
-
-    do: Callable[[], Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Aside:
-    """Run a flow of commands soon; nobody waits for it."""
-
-    flow: Callable[[], Flow[None]]
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """Let some time pass."""
-
-    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +49,7 @@ class Policy:
         repeats: Which texts are answered by meaning only the first time that they are asked: "ask" all, "serve" none,
             "auto" those that differ from the stored question in more than `hardly_differ` allows.
         judge_all: Judge every candidate, also after one may serve, and note nothing of it.
+        embedded_by: Returns the model that makes the vectors, as far as it is known.
     """
 
     semantic: bool
@@ -98,6 +64,7 @@ class Policy:
     wait_s: float = 0.0
     repeats: str = "serve"
     judge_all: bool = False
+    embedded_by: Callable[[], Asked] = Asked
 
 
 @dataclass(slots=True)
@@ -388,10 +355,16 @@ def _alone(found: Lookup, store: Store, policy: Policy, now_ms: Callable[[], int
 def embed(found: Lookup, policy: Policy, profile_key: bytes) -> Flow[None]:
     """Fill in the question's vector, and what its profile is made with."""
     assert found.key.question is not None  # noqa: S101  # the caller has looked
+    before = policy.embedded_by().digest
     try:
         vector = pack((yield Embed(found.key.question)))
     except Unavailable as exc:
         found.reasons, found.late = (exc.reason,), exc.late
+        return
+    asked = policy.embedded_by()
+    yield from asked.ascertain()
+    if before not in ("", asked.digest):  # pulled anew: which of the two has made this vector?
+        found.reasons = ("model_changed",)
         return
     take_vector(found, vector, policy, profile_key)
 
@@ -403,7 +376,8 @@ def take_vector(found: Lookup, vector: bytes | None, policy: Policy, profile_key
         return
     name, found.min_similarity = policy.embedder()
     found.vector = vector
-    found.embedder = embedder_id(name, len(vector) // 2)
+    digest = policy.embedded_by().digest  # vectors of two versions are never compared
+    found.embedder = embedder_id(f"{name}@{digest}" if digest else name, len(vector) // 2)
     found.profile_key = profile_key
 
 

@@ -22,10 +22,11 @@ from langchain_aegis.engine import Engine
 from langchain_aegis.errors import AegisConfigError, AegisConnectionError, AegisError
 from langchain_aegis.flows import Flow, Settle, arun, run
 from langchain_aegis.forks import reset_after_fork
-from langchain_aegis.lookup import Aside, Begun, Embed, Verify, Wait, Work
+from langchain_aegis.lookup import Begun
 from langchain_aegis.namespace import OF_CLUSTER
 from langchain_aegis.notices import logger, warn_once
 from langchain_aegis.replies import error_kind, is_of_cluster
+from langchain_aegis.steps import Aside, Embed, Verify, Wait, Work
 from langchain_aegis.store import Commands
 from langchain_aegis.sweeper import the_sweeper
 from langchain_aegis.updates import Later

@@ -30,7 +30,7 @@ from langchain_aegis.flows import Flow, Settle
 from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.home import load_secret, record_secrets
 from langchain_aegis.keys import Declined, Key, Keyring, Who, written_fields
-from langchain_aegis.lookup import LONG, Lookup, Policy, Work, embed, resolved, take_vector
+from langchain_aegis.lookup import LONG, Lookup, Policy, embed, resolved, take_vector
 from langchain_aegis.notices import warn_once
 from langchain_aegis.questions import exact_only_reason, find_question
 from langchain_aegis.results import was_cached
@@ -38,6 +38,7 @@ from langchain_aegis.scope import Scope, current, tenants_named, who
 from langchain_aegis.scopes_seen import ScopesSeen
 from langchain_aegis.shadow import Shadow
 from langchain_aegis.stamps import forgotten, recall
+from langchain_aegis.steps import Work
 from langchain_aegis.store import Store
 from langchain_aegis.vectors import pack, similarities
 from langchain_aegis.verification import compare, profile
@@ -273,6 +274,7 @@ class Updates:
                 lease_ms=o.lease_ms,
                 wait_s=o.lease_wait_s,
                 repeats=o.repeats,
+                embedded_by=self.embedder.asked,
             )
         return replace(made, **changes) if changes else made
 

@@ -11,8 +11,19 @@ from conftest import wait_until
 from langchain_core.caches import InMemoryCache
 from langchain_core.globals import set_llm_cache
 from langchain_core.messages import AIMessageChunk
+from langchain_ollama import OllamaEmbeddings
 
-from langchain_aegis import AegisRouter, AegisSemanticCache, BatchingChatModel, ChatAegis, digests, engine, was_cached
+from langchain_aegis import (
+    AegisEmbeddings,
+    AegisRouter,
+    AegisSemanticCache,
+    BatchingChatModel,
+    BatchingEmbeddings,
+    ChatAegis,
+    digests,
+    engine,
+    was_cached,
+)
 from langchain_aegis.attempts import Timeouts
 from langchain_aegis.digests import asked_for
 from langchain_aegis.embedded.scripted import ScriptedModel
@@ -443,3 +454,96 @@ def test_explain_says_that_the_model_has_changed(server, make_cache, ask, later)
     later()
     told = cache.explain(prompt=ASKED, model=model)
     assert (told.decision, told.reasons) == ("miss", ("model_changed",))
+
+
+# -- the model that makes the semantic tier's vectors ----------------------------------------------------------------
+
+
+@pytest.fixture
+def embeds(patient):
+    """A server of its own for the embedding model, so that it can be counted what it is asked."""
+    with ScriptedOllama(ScriptedModel(name="bge", embedding=True, digest=OLD)) as server:
+        yield server
+    while _peers:
+        _peers.pop()._client._client.close()  # nobody else does
+
+
+_peers: list[OllamaEmbeddings] = []
+
+
+def own(server):
+    return AegisEmbeddings("bge", base_url=server.base_url)
+
+
+def peers(server):
+    _peers.append(OllamaEmbeddings(model="bge", base_url=f"{server.base_url}/"))
+    return _peers[-1]
+
+
+def wrapped(server):
+    return BatchingEmbeddings(own(server))
+
+
+# One of langchain-ollama's belongs to its first event loop; here each call has a loop of its own.
+EMBEDDERS = pytest.mark.parametrize(
+    ("make_embedder", "way"),
+    [(own, "invoke"), (own, "ainvoke"), (peers, "invoke"), (wrapped, "invoke"), (wrapped, "ainvoke")],
+)
+
+
+def again(text, times):
+    """The same question, as another text: its vector is the same."""
+    return text + "?" * times
+
+
+@EMBEDDERS
+def test_vectors_of_an_embedding_model_are_not_compared_with_those_of_before_it_was_pulled_anew(
+    server, embeds, make_cache, make_embedder, way, ask, later
+):
+    seen = []
+    model = plain(server, make_cache(embeddings=make_embedder(embeds), repeats="serve", on_lookup=seen.append))
+    ask(model, NEAR, way)
+    assert was_cached(ask(model, again(NEAR, 1), way))["tier"] == "semantic"
+    embeds.put(ScriptedModel(name="bge", embedding=True, digest=NEW))
+    later()
+    assert was_cached(ask(model, again(NEAR, 2), way)) is None
+    assert seen[-1].reasons == ("model_changed",), "which of the two has made the vector?"
+    assert was_cached(ask(model, again(NEAR, 3), way)) is None
+    assert (seen[-1].reasons, seen[-1].candidates) == (("no_candidate",), ())
+    assert was_cached(ask(model, again(NEAR, 4), way))["tier"] == "semantic", "the new one's are"
+    assert was_cached(ask(model, NEAR, way))["tier"] == "exact", "and no vector is needed for a repeat"
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+def test_another_process_with_the_same_embedding_model_finds_the_vectors(server, embeds, make_cache, way, ask):
+    ask(plain(server, make_cache(embeddings=own(embeds), repeats="serve")), NEAR, way)
+    other = plain(server, make_cache(embeddings=wrapped(embeds), repeats="serve"))
+    assert was_cached(ask(other, again(NEAR, 1), way))["tier"] == "semantic"
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+def test_an_embedding_model_whose_version_nobody_tells_is_used_as_ever(server, embeds, make_cache, way, ask, later):
+    embeds.fail(500, times=None, path="/api/tags")
+    model = plain(server, make_cache(embeddings=own(embeds), repeats="serve"))
+    ask(model, NEAR, way)
+    for n in (1, 2):
+        later()
+        assert was_cached(ask(model, again(NEAR, n), way))["tier"] == "semantic"
+
+
+def test_whoever_embeds_is_asked_for_versions_no_more_often_than_others(server, embeds, make_cache, ask, later):
+    model = plain(server, make_cache(embeddings=own(embeds), repeats="serve"))
+    for n in range(4):
+        ask(model, again(NEAR, n))
+    assert embeds.routes["/api/tags"] == 1
+    later()
+    ask(model, again(NEAR, 5))
+    assert embeds.routes["/api/tags"] == 2
+
+
+def test_what_is_near_is_removed_by_the_vectors_of_today(server, embeds, make_cache, ask):
+    cache = make_cache(embeddings=own(embeds), repeats="serve", keep_questions=True)
+    model = plain(server, cache)
+    ask(model, NEAR)
+    assert cache.invalidate(near=NEAR) == 1
+    assert was_cached(ask(model, NEAR)) is None

@@ -12,9 +12,9 @@ from contextvars import ContextVar
 import pytest
 from langchain_core.embeddings import Embeddings
 
-from langchain_aegis import budgets
+from langchain_aegis import BatchingEmbeddings, budgets
 from langchain_aegis.breaker import Unavailable
-from langchain_aegis.embedder import Embedder
+from langchain_aegis.embedder import Embedder, embedder_name
 
 asks = ContextVar("asks", default="nobody")
 
@@ -197,3 +197,31 @@ begun.wait(20)
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert ended.stdout.split() == ["slow", "computed"]
+
+
+class Named(Blocking):
+    def __init__(self, model):
+        super().__init__(lambda: [1.0])
+        self.model = model
+
+
+class Handing(Named):
+    """As langchain's CacheBackedEmbeddings."""
+
+    def __init__(self, underlying_embeddings):
+        super().__init__(None)
+        self.underlying_embeddings = underlying_embeddings
+
+
+@pytest.mark.parametrize(
+    "wrap", [BatchingEmbeddings, Handing, lambda inner: Handing(BatchingEmbeddings(inner)), lambda inner: inner]
+)
+def test_vectors_of_two_models_have_two_names_whoever_hands_them_on(wrap):
+    one, other = wrap(Named("one")), wrap(Named("other:latest"))
+    assert (embedder_name(one), embedder_name(other)) == ("one", "other")
+
+
+def test_a_wrapper_around_itself_has_a_name():
+    odd = Named("odd")
+    odd.inner = odd
+    assert embedder_name(odd) == "odd"
