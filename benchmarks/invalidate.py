@@ -64,7 +64,7 @@ def fill(url, count):
         sources = (f"source:{'doomed' if i % 10 == KINDS['source'] else i % 997}",)
         record = Record(
             key=name(i), scope=scope(i), emb=EMBEDDER, digest="", created_ms=now_ms, expires_ms=now_ms + 3_600_000,
-            epochs=epochs.stamp(), answer=answer, vec=vector(i), src=sources, sets=(tenant(i), *sources),
+            epochs=epochs.stamp, answer=answer, vec=vector(i), src=sources, sets=(tenant(i), *sources),
         )  # fmt: skip
         return kept.put(record, things=["namespace", tenant(i), *sources], now_ms=now_ms, tenanted=True)
 

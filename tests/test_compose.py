@@ -274,7 +274,7 @@ def test_every_flow_of_the_store_works_with_the_rights_of_that_user(container, c
     for i in range(4):
         record = Record(
             key=f"{i:02x}", scope="5c", emb="e1", digest="", created_ms=now_ms + i, expires_ms=now_ms + 60_000,
-            epochs=epochs.stamp(), answer=b"{}", vec=vector, sets=("tenant:a", "user:u"),
+            epochs=epochs.stamp, answer=b"{}", vec=vector, sets=("tenant:a", "user:u"),
         )  # fmt: skip
         put = store.put(record, things=things, now_ms=now_ms + i, tenanted=True, max_entries=3, fence=0 if i else fence)
         assert do(put) == "stored"
