@@ -117,3 +117,19 @@ def test_the_lowest_versions_are_taken_into_an_environment_of_their_own(clone, t
     never = str(script(tmp_path / "never", NEVER))
     assert run(cwd=clone, UV=never, RESOLUTION="lowest-direct", **told).returncode == 0
     assert run(cwd=clone, UV=never, RESOLUTION="highest", **told).returncode == 99
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_environment_may_be_here_or_anywhere(clone, tmp_path_factory, absolute):
+    """Whoever installs into it is told where it is, in full."""
+    place = tmp_path_factory.mktemp("elsewhere") / "an environment" if absolute else clone / ".venv-3.12"
+    log = clone / "told"
+    uv = script(
+        clone / "uv",
+        f'#!/bin/sh\necho "$1 in $VIRTUAL_ENV" >>"{log}"\nfor last in "$@"; do :; done\n'
+        '[ "$1" = venv ] && mkdir -p "$last"\nexit 0\n',
+    )
+    told = str(place) if absolute else place.name
+    done = run(cwd=clone, PYTHON=str(python_version(clone, "3.12")), UV=str(uv), VENV=told)
+    assert (place / ".installed").is_file(), done.stderr
+    assert set(log.read_text().splitlines()) - {"venv in "} == {f"pip in {place}"}

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Make .venv from requirements.lock and install this project into it; does nothing when that is done already.
 # Works with an empty environment, without a home directory, and with or without uv.
-# VENV names another directory. RESOLUTION takes, instead of the pins, the lowest versions that pyproject.toml allows
+# VENV names another directory, here or anywhere. RESOLUTION takes, instead of the pins, the lowest versions that pyproject.toml allows
 # (lowest-direct) or the newest there are (highest); what this project does not name itself is the newest in both.
 set -eu
 cd "$(dirname "$0")/.."
@@ -63,7 +63,10 @@ fi
 say "installing into $venv ..."
 rm -rf "$venv"
 "$uv" venv --quiet --no-python-downloads --python "$("$python" -c 'import sys; print(sys.executable)')" "$venv"
-VIRTUAL_ENV=$PWD/$venv
+case $venv in
+  /*) VIRTUAL_ENV=$venv ;;
+  *) VIRTUAL_ENV=$PWD/$venv ;;
+esac
 export VIRTUAL_ENV
 if [ -z "$resolution" ]; then
   "$uv" pip install --quiet --no-deps --require-hashes --compile-bytecode -r requirements.lock
