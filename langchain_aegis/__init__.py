@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what `__getattr__` imports when it is asked for, said to ty
     from langchain_aegis.cut_answers import was_cut as was_cut
     from langchain_aegis.embedding_cache import AegisEmbeddingCache as AegisEmbeddingCache
     from langchain_aegis.embeddings import AegisEmbeddings as AegisEmbeddings
+    from langchain_aegis.errors import AegisBatchError as AegisBatchError
     from langchain_aegis.errors import AegisClosedError as AegisClosedError
     from langchain_aegis.errors import AegisConfigError as AegisConfigError
     from langchain_aegis.errors import AegisConnectionError as AegisConnectionError
@@ -44,6 +45,7 @@ if TYPE_CHECKING:  # what `__getattr__` imports when it is asked for, said to ty
 __version__ = "0.1.0"
 
 _HOME_OF = {
+    "AegisBatchError": "errors",
     "AegisCacheMiddleware": "middleware",
     "AegisClosedError": "errors",
     "AegisConfigError": "errors",

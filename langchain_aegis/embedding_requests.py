@@ -8,19 +8,23 @@ from __future__ import annotations
 import math
 import sys
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import httpx
 
-from langchain_aegis.errors import AegisError, AegisRequestError, AegisServerError
+from langchain_aegis.errors import AegisBatchError, AegisError, AegisRequestError
 from langchain_aegis.flows import Flow
 from langchain_aegis.lanes import Wish
+from langchain_aegis.vectors import pack as pack_unit
+from langchain_aegis.vectors import similarities
 
 Vector: TypeAlias = list[float]
 
 _HARMLESS = "a"  # what no embedder refuses, unless it refuses everything
+_COMPARED = 16  # with fewer numbers, different texts may well have the same ones
+_SAME = 0.999
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,8 @@ def embed_wishes(wishes: Sequence[Wish[Vector]], keep: Keep | None = None) -> Fl
         wishes: At least one.
         keep: Gets the texts and vectors of each answer first, and returns the vectors to hand out.
 
-    Raises what is no text's fault: the server is away, slow, busy, or refuses everything.
+    Raises what is no text's fault: the server is away, slow, busy, refuses everything, or returns vectors of which
+    nobody knows whose they are (AegisBatchError).
     """
     # Sorted, because servers that compute a request in parts pad each part to its longest text.
     yield from _Search(keep).embed(sorted(wishes, key=lambda wish: len(wish.text)), certain=False)
@@ -73,8 +78,7 @@ class _Search:
             try:
                 texts = [wish.text for wish in wishes]
                 vectors = yield Embed(texts, query=len(wishes) == 1 and not wishes[0].document)
-                if len(vectors) != len(wishes):
-                    raise _WrongCount(f"the embedder returned {len(vectors)} vectors for {len(wishes)} texts")
+                yield from _check(texts, vectors)
             except Exception as exc:  # whatever the embedder raised: one of the texts may be to blame
                 if not _may_be_a_texts_fault(exc):
                     raise
@@ -106,13 +110,50 @@ class _Search:
         wish.land(None, error)
 
 
-class _WrongCount(AegisServerError):
-    """Asked for several texts, the embedder returned more or fewer vectors."""
+def _check(texts: Sequence[str], vectors: Sequence[Vector]) -> Flow[None]:
+    """Raise AegisBatchError unless there is one vector for each text.
+
+    Two texts that have the very same one are asked for again, each alone: if they differ then, one was returned twice
+    in the place of another.
+    """
+    try:
+        count = len(vectors)
+    except TypeError:
+        raise AegisBatchError(f"the embedder returned no vectors for {len(texts)} texts") from None
+    if count != len(texts):
+        raise AegisBatchError(f"the embedder returned {count} vectors for {len(texts)} texts")
+    for pair in _doubled(vectors):
+        alone: list[bytes] = []
+        for at in pair:
+            (vector,) = yield Embed([texts[at]])
+            alone.append(pack_unit(vector) or b"")
+        if all(alone) and not similarities(alone[0], alone[1:])[0] >= _SAME:
+            raise AegisBatchError(f"the embedder returned one vector twice, among {count}, for texts that differ")
+
+
+def _doubled(vectors: Sequence[Vector]) -> list[tuple[int, int]]:
+    """Return pairs of places that hold the same vector; none if all of many do: that is what such an embedder says."""
+    try:
+        if len(vectors) < 2 or len(vectors[0]) < _COMPARED:
+            return []
+        alike = _grouped(vectors, range(len(vectors)), _COMPARED)
+        same = [group for each in alike for group in _grouped(vectors, each, None)]
+    except TypeError:  # whoever uses them will find out
+        return []
+    return [] if same and len(same[0]) == len(vectors) > 2 else [(group[0], group[1]) for group in same]
+
+
+def _grouped(vectors: Sequence[Vector], places: Iterable[int], most: int | None) -> list[list[int]]:
+    """Return the places whose vectors share their first `most` numbers, those that share them with none left out."""
+    groups: dict[tuple[float, ...], list[int]] = {}
+    for at in places:
+        groups.setdefault(tuple(vectors[at][:most]), []).append(at)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _may_be_a_texts_fault(error: Exception) -> bool:
     """Whether other texts of the same request might be embedded: the server is not away, slow or busy."""
-    if isinstance(error, (_WrongCount, AegisRequestError)):
+    if isinstance(error, AegisRequestError):
         return _is_refusal(error.status_code)
     if isinstance(error, AegisError):
         # What Ollama says when a model computes no number for a text: the texts beside it are not to blame.

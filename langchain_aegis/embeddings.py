@@ -17,7 +17,7 @@ from pydantic import Field, PrivateAttr, SecretStr, ValidationError, model_valid
 from langchain_aegis.client import OllamaClient
 from langchain_aegis.embedding_requests import Embed, Vector
 from langchain_aegis.endpoint import Endpoint
-from langchain_aegis.errors import AegisConfigError, AegisServerError
+from langchain_aegis.errors import AegisBatchError, AegisConfigError, AegisServerError
 from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.gathered_embeddings import (
     MAX_BATCH,
@@ -306,7 +306,7 @@ class _Requests:
         model, vectors = self.body["model"], answer.get("embeddings")
         if not isinstance(vectors, list) or len(vectors) != len(texts):
             sent = len(vectors) if isinstance(vectors, list) else "no"
-            raise AegisServerError(f"{model} sent {sent} vectors for {len(texts)} texts")
+            raise AegisBatchError(f"{model} sent {sent} vectors for {len(texts)} texts")
         for vector in vectors:
             if not isinstance(vector, list) or not vector or len(vector) != len(vectors[0]):
                 raise AegisServerError(f"{model} sent vectors of different lengths, or empty ones")

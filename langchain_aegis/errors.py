@@ -11,6 +11,7 @@
             AegisContextOverflowError           the prompt does not fit into the model's window
         AegisServerError                        it failed
             AegisStreamError                    its answer broke off, or was not one
+            AegisBatchError                     asked for several results, it returned others
         AegisOverloadedError                    too many calls wait already, here or at the server
         AegisDeadlineError                      the caller's own deadline passed
         AegisClosedError                        the object was closed
@@ -116,6 +117,10 @@ class AegisStreamError(AegisServerError):
     ) -> None:
         super().__init__(message, retryable=retryable, status_code=status_code)
         self.partial = partial
+
+
+class AegisBatchError(AegisServerError):
+    """A request for several results was answered with more, fewer or other ones: none of them is anybody's."""
 
 
 class AegisOverloadedError(AegisError, core.ModelRateLimitError):

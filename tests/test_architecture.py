@@ -56,10 +56,10 @@ PUBLIC = [
     "ChatAegis", "AegisEmbeddings", "AegisSemanticCache", "AegisCacheMiddleware", "AegisEmbeddingCache", "AegisRouter",
     "AegisSettings", "Answer", "BatchingChatModel", "BatchingEmbeddings", "BatchingRunnable", "batch_progress",
     "batching", "aegis_scope", "aegis_sources", "was_cached", "was_cut",
-    "AegisError", "AegisClosedError", "AegisConfigError", "AegisConnectionError", "AegisContextOverflowError",
-    "AegisDeadlineError", "AegisModelNotFoundError", "AegisOptionError", "AegisOverloadedError", "AegisRequestError",
-    "AegisReloadError",
-    "AegisServerError", "AegisStreamError", "AegisTimeoutError",
+    "AegisError", "AegisBatchError", "AegisClosedError", "AegisConfigError", "AegisConnectionError",
+    "AegisContextOverflowError", "AegisDeadlineError", "AegisModelNotFoundError", "AegisOptionError",
+    "AegisOverloadedError", "AegisReloadError", "AegisRequestError", "AegisServerError", "AegisStreamError",
+    "AegisTimeoutError",
     "__version__",
 ]  # fmt: skip
 

@@ -18,6 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from conftest import wait_until
 from langchain_core.embeddings import Embeddings
 from langchain_core.runnables import RunnableLambda
 from lying_server import END, LyingServer, chunked, plain
@@ -25,6 +26,7 @@ from lying_server import END, LyingServer, chunked, plain
 from faults.measure import SLACK
 from faults.watch import no_tasks_left
 from langchain_aegis import (
+    AegisEmbeddings,
     BatchingChatModel,
     BatchingEmbeddings,
     BatchingRunnable,
@@ -245,14 +247,14 @@ def test_one_poisoned_item_of_sixteen_is_one_error(lying, how, wrapped):
 
 
 class Miscounting(Embeddings):
-    """Returns another number of vectors than it was given texts, where there is more than one."""
+    """Returns other vectors than it was asked for, where there is more than one text."""
 
     def __init__(self, wrong):
         self.wrong, self.requests = wrong, []
 
     def embed_documents(self, texts):
         self.requests.append(list(texts))
-        right = [[float(text)] for text in texts]
+        right = [own_vector(text) for text in texts]
         return right if len(texts) == 1 else self.wrong(right)
 
     async def aembed_documents(self, texts):
@@ -262,21 +264,89 @@ class Miscounting(Embeddings):
         return self.embed_documents([text])[0]
 
 
+def own_vector(text):
+    return [float(text) + 1, 1.0, *[0.0] * 30]
+
+
+ANOTHER_NUMBER = {
+    "one fewer": lambda v: v[:-1],
+    "the first one gone": lambda v: v[1:],
+    "one more": lambda v: [*v, v[0]],
+    "one twice": lambda v: [v[0], *v],
+    "all twice": lambda v: v * 2,
+    "none": lambda v: [],
+    "nothing": lambda v: None,
+}
+WRONG = {
+    **ANOTHER_NUMBER,
+    "one in the place of another": lambda v: [v[0], v[0], *v[2:]],
+    "the last one in the place of all but the first": lambda v: [v[0], *[v[-1]] * (len(v) - 1)],
+}
+
+
 @pytest.mark.row(96)
-@pytest.mark.parametrize(
-    "wrong",
-    [lambda v: v[:-1], lambda v: v[1:], lambda v: [*v, v[0]], lambda v: [v[0], *v], lambda v: v * 2, lambda v: [],
-     lambda v: None],
-    ids=["one fewer", "the first one gone", "one more", "one twice", "all twice", "none", "nothing"],
-)  # fmt: skip
-async def test_another_number_of_results_is_nobodys_result(wrong):
-    """Each text is asked for by itself, or fails; none gets another's vector."""
-    wrapper = BatchingEmbeddings(Miscounting(wrong))
-    results = await asyncio.gather(*(wrapper.aembed_query(str(i)) for i in range(8)), return_exceptions=True)
-    assert len(wrapper.inner.requests[0]) == 8
-    for i, result in enumerate(results):
-        assert result == [float(i)] or isinstance(result, Exception)
-    assert sum(isinstance(result, list) for result in results) in (0, 8)
+@pytest.mark.parametrize("way", ["tasks", "threads", "documents", "awaited documents", "batch"])
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_what_is_not_one_result_for_each_is_nobodys_result(wrong, way):
+    """Whoever waits for it gets an error of his own, and nobody another's vector; whoever asks alone is answered."""
+    inner = Miscounting(wrong)
+    wrapper = BatchingEmbeddings(inner, max_concurrency=1)
+    texts = [str(i) for i in range(8)]
+
+    async def tasks():
+        async with no_tasks_left(), asyncio.timeout(LONG_S):
+            return await asyncio.gather(*(wrapper.aembed_query(text) for text in texts), return_exceptions=True)
+
+    if way == "tasks":
+        results = asyncio.run(tasks())
+    elif way == "threads":
+        with ThreadPoolExecutor(8) as pool:
+            with wrapper.admission.slot():
+                asked = [pool.submit(wrapper.embed_query, text) for text in texts]
+                wait_until(lambda: wrapper._documents.asked.seats == 8)
+            results = [one.exception(LONG_S) or one.result() for one in asked]
+    elif way == "batch":  # as LangChain promises: one result or error for each, in order
+        one_of = RunnableLambda(wrapper.embed_query, wrapper.aembed_query)
+        results = asyncio.run(one_of.abatch(texts, return_exceptions=True))
+    else:
+        with pytest.raises(errors.AegisBatchError) as caught:
+            asyncio.run(wrapper.aembed_documents(texts)) if "awaited" in way else wrapper.embed_documents(texts)
+        results = [caught.value]
+    assert sorted(inner.requests[0]) == texts
+    assert [type(result) for result in results] == [errors.AegisBatchError] * len(results)
+    assert len({id(result) for result in results}) == len(results)
+    assert wrapper.embed_query("3") == own_vector("3")
+    assert idle(wrapper)
+
+
+@pytest.mark.row(96)
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+async def test_a_server_that_sends_other_vectors_than_it_was_asked_for_fills_nobodys_index(lying, wrong):
+    def script(body):
+        right = [own_vector(text) for text in body["input"]]
+        return plain({"model": "m", "embeddings": right if len(right) == 1 else wrong(right)})
+
+    lying.script = script
+    embeddings = AegisEmbeddings("m", base_url=lying.url)
+    results = await asyncio.gather(*(embeddings.aembed_query(str(i)) for i in range(8)), return_exceptions=True)
+    assert [type(result) for result in results] == [errors.AegisBatchError] * 8
+    assert await embeddings.aembed_query("3") == own_vector("3")
+
+
+@pytest.mark.row(96)
+@pytest.mark.parametrize("same", [lambda v: [v[0], v[0], v[2]], lambda v: [v[0]] * 3], ids=["two", "all"])
+async def test_texts_that_mean_the_same_to_an_embedder_may_have_the_same_vector(same):
+    """As `Hello` and `hello` do where capitals do not count: asked for alone, they have it, too."""
+
+    class Uncased(Miscounting):
+        def embed_documents(self, texts):
+            self.requests.append(list(texts))
+            return [same([own_vector("0"), own_vector("1"), own_vector("2")])["abc".index(text)] for text in texts]
+
+    wrapper = BatchingEmbeddings(Uncased(None))
+    found = await asyncio.gather(*(wrapper.aembed_query(text) for text in "abc"))
+    assert found == same([own_vector("0"), own_vector("1"), own_vector("2")])
+    assert len(wrapper.inner.requests) in (1, 3)
     assert idle(wrapper)
 
 
