@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from contextvars import ContextVar, Token
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -84,7 +85,8 @@ class Ticket:
         """Block this thread until the call may run.
 
         In a thread whose event loop is running, waiting could last for ever, because the slots may be held by tasks
-        of that loop; the call then runs beyond the bound, with one warning.
+        of that loop; the call then runs beyond the bound. Whether or not it would have to wait, there is one warning:
+        while it runs, that loop stands still. (Not in a notebook, whose loop waits for the cell anyway.)
 
         Raises:
             AegisDeadlineError: The deadline passed first; the call must not be started.
@@ -92,11 +94,7 @@ class Ticket:
         """
         if self.state is State.WAITING:
             if running_loop() is not None:
-                warn_once(
-                    "sync_call_in_event_loop",
-                    "a blocking call (invoke, stream, batch) was made inside a running event loop, which stops "
-                    "everything else in it; use the asynchronous one (ainvoke, astream, abatch)",
-                )
+                _warn_of_blocking()
                 self.admission._overrun(self)
             elif (waker := self.admission._register(self, None)) is not None:
                 try:
@@ -104,6 +102,8 @@ class Ticket:
                 except BaseException:
                     self.leave()
                     raise
+        elif self.loop is not None and running_loop() is self.loop and "ipykernel" not in sys.modules:
+            _warn_of_blocking()
         self._start()
 
     async def await_(self) -> None:
@@ -158,6 +158,14 @@ class Ticket:
             self.admission._count_expired(self)
         self.leave()
         raise AegisDeadlineError("the deadline passed while the call waited for a free slot; nothing was sent")
+
+
+def _warn_of_blocking() -> None:
+    warn_once(
+        "sync_call_in_event_loop",
+        "a blocking call (invoke, stream, batch) was made inside a running event loop, which stops everything else in "
+        "it; use the asynchronous one (ainvoke, astream, abatch)",
+    )
 
 
 class Held:

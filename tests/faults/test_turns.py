@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 import pytest
+from conftest import wait_until
 from langchain_core.embeddings import Embeddings
 from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
@@ -310,3 +313,56 @@ def test_a_deadline_that_passes_in_the_queue_is_told_in_time_and_nothing_is_sent
     assert not sent
     (wrapper.embed_query if what == "embeddings" else wrapper.invoke)("99")
     assert len(sent) == 1
+
+
+# -- row 104 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.row(104)
+@pytest.mark.parametrize(("what", "way"), WAYS)
+@pytest.mark.parametrize("slots", ["free", "taken"])
+def test_a_blocking_call_in_an_event_loop_ends_with_one_warning(what, way, slots, caplog):
+    """Whether a slot is free, or all are held by tasks of the very loop that the call blocks."""
+    wrapper, sent = made(what)
+
+    async def main():
+        if slots == "free":
+            return [BLOCKING[way](wrapper, i) for i in range(3)]
+        async with wrapper.admission.aslot():
+            return [BLOCKING[way](wrapper, i) for i in range(3)]
+
+    assert len(asyncio.run(asyncio.wait_for(main(), LONG_S))) == 3
+    assert len(sent) == 3
+    said = [r for r in caplog.records if r.getMessage().startswith("sync_call_in_event_loop")]
+    assert [(r.levelname, r.name) for r in said] == [("WARNING", "langchain_aegis")]
+    assert "ainvoke" in said[0].getMessage()
+    stats = wrapper.admission.stats()
+    assert (stats.running, stats.waiting, stats.waiting_bulk) == (0, 0, 0)
+
+
+@pytest.mark.row(104)
+@pytest.mark.parametrize(("what", "way"), WAYS)
+def test_who_blocks_no_event_loop_is_not_warned(what, way, caplog):
+    """Threads without a loop, those of a loop's executor, and who awaits."""
+    wrapper, sent = made(what)
+
+    async def main():
+        await asyncio.to_thread(BLOCKING[way], wrapper, 2)
+        await AWAITED[way](wrapper, 3)
+
+    BLOCKING[way](wrapper, 1)
+    asyncio.run(main())
+    wait_until(lambda: len(sent) == 3)
+    assert "sync_call_in_event_loop" not in caplog.text
+
+
+@pytest.mark.row(104)
+def test_a_notebook_whose_loop_waits_for_the_cell_anyway_is_not_warned(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+    wrapper, sent = made("chat")
+
+    async def cell():
+        return wrapper.invoke("1").content
+
+    assert asyncio.run(cell()) == "yes" and len(sent) == 1
+    assert "sync_call_in_event_loop" not in caplog.text
