@@ -12,7 +12,7 @@ from langchain_ollama.embeddings import OllamaEmbeddings
 from pydantic import BaseModel
 
 from langchain_aegis.admission import Admission
-from langchain_aegis.embedder import embedder_name
+from langchain_aegis.embedder import embedder_name, warn_of_tokens
 from langchain_aegis.embedder_models import endpoint_of
 from langchain_aegis.embedding_requests import Embed
 from langchain_aegis.embeddings import digest_in, kept_of
@@ -77,6 +77,7 @@ class BatchingEmbeddings(Embeddings):
         check_arguments({"window_ms": window_ms, "max_batch": max_batch, "deadline_s": deadline_s})
         check_batch(max_batch, max_batch_chars)
         check_cache(cache)
+        warn_of_tokens(inner)
         self.inner = inner
         self.merge = merge
         self.cache = cache

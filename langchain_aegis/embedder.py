@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from langchain_core.embeddings import Embeddings
 from langchain_aegis.breaker import Unavailable
 from langchain_aegis.budgets import Budget
 from langchain_aegis.digests import Asked, Server
+from langchain_aegis.notices import warn_once
+from langchain_aegis.settings import redact_url
 
 _RETRY_S = 30.0  # after so long, a missing embedder is looked for again
 
@@ -93,6 +96,7 @@ class Embedder:
                         self._look_again = time.monotonic() + _RETRY_S
                 if self._embeddings is None:
                     raise Unavailable("no_embedder")
+                warn_of_tokens(self._embeddings)
             return self._embeddings
 
     def _check(self) -> None:
@@ -127,6 +131,25 @@ def embedder_name(embeddings: Embeddings) -> str:
             return value.removesuffix(":latest")
     kind = type(embeddings)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def warn_of_tokens(embeddings: Embeddings) -> None:
+    """Warn once of an embedder that sends a server the token numbers of another maker's model.
+
+    `OpenAIEmbeddings` does that unless told otherwise; vLLM takes them for those of its own model, and its vectors then
+    mean nothing.
+    """
+    if not (
+        getattr(embeddings, "check_embedding_ctx_length", False) and getattr(embeddings, "tiktoken_enabled", False)
+    ):
+        return
+    address = getattr(embeddings, "openai_api_base", None) or os.environ.get("OPENAI_BASE_URL")
+    if address and "api.openai.com" not in str(address):
+        warn_once(
+            "embeddings_of_tokens",
+            f"{type(embeddings).__name__} sends {redact_url(str(address))} the numbers of OpenAI's tokens, which"
+            " another model reads as other texts; give it check_embedding_ctx_length=False",
+        )
 
 
 def embedder_id(name: str, dimensions: int) -> str:

@@ -7,10 +7,12 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from caches import Words
 from conftest import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.embeddings import Embeddings
+from langchain_ollama import OllamaEmbeddings
 
 from langchain_aegis import (
     AegisBatchError,
@@ -19,6 +21,7 @@ from langchain_aegis import (
     AegisServerError,
     BatchingEmbeddings,
 )
+from langchain_aegis.embedder import embedder_name
 
 LONG_S = 20.0
 
@@ -404,3 +407,11 @@ def test_whoever_stays_gets_the_right_vector(seed):
             assert task.cancelled() or (text == "bad" and isinstance(result, ValueError))
     assert wrapper.inner.busy == 0
     assert idle(wrapper)
+
+
+def test_a_wrapper_has_the_name_of_the_embedder_inside():
+    """Two that are wrapped are not one: vectors of either would be compared with those of the other."""
+    for model in ("bge-m3", "mxbai-embed-large"):
+        inner = OllamaEmbeddings(model=model)
+        assert embedder_name(BatchingEmbeddings(inner)) == embedder_name(inner) == model
+    assert embedder_name(BatchingEmbeddings(BatchingEmbeddings(Words()))) == "words"
