@@ -28,6 +28,7 @@ from langchain_aegis.forwarding import ForwardingChatModel
 from langchain_aegis.kept_streams import KeptStream, may_look_up
 from langchain_aegis.late_messages import LateMessages
 from langchain_aegis.merging import chat_flights, key_of, reads_tokens
+from langchain_aegis.own_bounds import learning, told_bound
 from langchain_aegis.prefixes import prefix_of, traits_of_chat
 from langchain_aegis.replays import StreamEntry, consulted_by_core
 from langchain_aegis.scope import ReadAnywhere, current, read_anywhere, seen_config
@@ -54,7 +55,9 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
 
     Args:
         inner: The model. All wrappers of one server share its bounds; the smallest that any of them asks for wins.
-        max_concurrency: Most calls under way at the server. A streaming call counts until its stream ends.
+        max_concurrency: Most calls under way at the server. A streaming call counts until its stream ends. Where
+            nobody says: of a server on OpenAI's wire what `AEGIS_VLLM_MAX_NUM_SEQS` or, from its first call on, the
+            server says, else 4.
         max_waiting: Most calls that wait; callers that share a call, and items of batches, do not count.
         window_ms: 0: waiting calls run first come, first served (fair between tenants). Else those that share a long
             prefix, a model and runner options are put next to each other while all slots are busy; nothing is ever
@@ -95,7 +98,7 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
         told = self.model_fields_set
         return admission_of(
             self.inner,
-            max_concurrency=self.max_concurrency if "max_concurrency" in told else None,
+            max_concurrency=self.max_concurrency if "max_concurrency" in told else told_bound(self.inner),
             max_waiting=self.max_waiting if "max_waiting" in told else None,
         )
 
@@ -327,6 +330,8 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
         self, wait: Wait, prompt: LanguageModelInput, kwargs: Mapping[str, Any], *,
         config: RunnableConfig | None = None, **how: Any,
     ) -> Entry[ChatResult]:  # fmt: skip
+        if "max_concurrency" not in self.model_fields_set:
+            learning.look(self.inner)
         text = prompt if isinstance(prompt, str) else LateMessages(self, prompt)
         if config:
             with seen_config(config):

@@ -19,7 +19,8 @@ from langchain_aegis.pools import Pool
 from langchain_aegis.settings import normalise_base_url, redact_url
 
 _BOUNDS = ("max_concurrency", "max_waiting", "window_ms", "max_batch", "deadline_s")
-_ADDRESSES = ("base_url", "openai_api_base")
+_OPENAI = "openai_api_base"
+_ADDRESSES = ("base_url", _OPENAI)
 
 
 def server_of(inner: object) -> str | None:
@@ -32,7 +33,10 @@ def server_of(inner: object) -> str | None:
     for name in _ADDRESSES:
         address = getattr(inner, name, None)
         if isinstance(address, str) and address.strip():
-            return _normalised(address)
+            # A server's bounds are the same whether it is asked on its own wire or, below /v1, on OpenAI's.
+            return _normalised(address.strip().rstrip("/").removesuffix("/v1") if name == _OPENAI else address)
+    if hasattr(inner, _OPENAI) and (address := os.environ.get("OPENAI_BASE_URL", "").strip()):  # read by its client
+        return _normalised(address.rstrip("/").removesuffix("/v1"))
     if "ollama" in str(getattr(inner, "_llm_type", "")).lower() or type(inner).__module__.startswith(
         "langchain_ollama"
     ):

@@ -18,6 +18,8 @@ MODES: tuple[Mode, ...] = ("strict", "balanced", "lenient")
 
 THE_SECRET = "secret"  # noqa: S105  # among the keys of records: the one that names are made with
 _SHORTEST = 16  # characters of a secret
+_PORTS = {"Ollama": 11434, "vLLM": 8000}
+_A = {"Ollama": "an Ollama", "vLLM": "a vLLM"}
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
 
@@ -35,8 +37,9 @@ class AegisSettings:
 
     Units stand in the names. `AegisSettings.from_env()` reads `AEGIS_<FIELD>` (upper case) for every field and the
     names that an Ollama and Redis application has already: `OLLAMA_BASE_URL` (or `OLLAMA_HOST`),
-    `OLLAMA_MODEL_GENERATION`, `OLLAMA_MODEL_EMBEDDINGS`, `REDIS_URL` (or `REDIS_HOST`, `REDIS_PORT`,
-    `REDIS_PASSWORD`), `REDIS_CACHE_ENABLED`, `BATCH_WINDOW_MS`. The package's own name wins over the common one.
+    `OLLAMA_MODEL_GENERATION`, `OLLAMA_MODEL_EMBEDDINGS`, `VLLM_BASE_URL`, `VLLM_API_KEY`, `REDIS_URL` (or
+    `REDIS_HOST`, `REDIS_PORT`, `REDIS_PASSWORD`), `REDIS_CACHE_ENABLED`, `BATCH_WINDOW_MS`. The package's own name wins
+    over the common one.
     """
 
     # Servers
@@ -48,6 +51,9 @@ class AegisSettings:
     read_timeout_s: float = 120.0  # between two pieces of an answer
     deadline_s: float = 600.0  # of one whole answer
     keep_alive: str = "30m"
+    vllm_base_url: str | None = field(default=None, repr=False)  # of vLLM or another server on OpenAI's wire
+    vllm_api_key: str | None = field(default=None, repr=False)
+    vllm_max_num_seqs: int | None = None  # what it runs at once; None: asked, where it tells
 
     # Cache
     cache_enabled: bool = True
@@ -81,6 +87,8 @@ class AegisSettings:
                      "read_timeout_s", "deadline_s", "max_concurrency", "max_batch"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise _config_error(f"{name} must be above 0, got {getattr(self, name)!r}")
+        if self.vllm_max_num_seqs is not None and not self.vllm_max_num_seqs > 0:
+            raise _config_error(f"vllm_max_num_seqs must be above 0, got {self.vllm_max_num_seqs!r}")
         for name in ("max_waiting", "window_ms", "local_tier_bytes"):
             if not getattr(self, name) >= 0:
                 raise _config_error(f"{name} must be 0 or more, got {getattr(self, name)!r}")
@@ -129,10 +137,14 @@ class AegisSettings:
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
 
-def normalise_base_url(text: str) -> str:
-    """Return an Ollama address with scheme and port, without a trailing slash.
+def normalise_base_url(text: str, *, of: str = "Ollama") -> str:
+    """Return the address of a server with scheme and port, without a trailing slash.
 
     `myhost` becomes `http://myhost:11434`, `0.0.0.0:11434` (an address to listen on) becomes loopback.
+
+    Args:
+        text: The address.
+        of: "Ollama" or "vLLM": whose port is meant where none is named.
 
     Raises:
         AegisConfigError: It is no http address.
@@ -142,14 +154,16 @@ def normalise_base_url(text: str) -> str:
     try:
         port = parts.port
     except ValueError:
-        raise _config_error(f"not an address of an Ollama server: {redact_url(text)!r}") from None
+        raise _config_error(f"not an address of {_A[of]} server: {redact_url(text)!r}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise _config_error(f"not an address of an Ollama server: {redact_url(text)!r} (try http://127.0.0.1:11434)")
+        raise _config_error(
+            f"not an address of {_A[of]} server: {redact_url(text)!r} (try http://127.0.0.1:{_PORTS[of]})"
+        )
     host = "127.0.0.1" if parts.hostname == "0.0.0.0" else parts.hostname  # noqa: S104
     host = f"[{host}]" if ":" in host else host
     user = parts.netloc.rpartition("@")[0]
     if port is None:
-        port = {"https": 443}.get(parts.scheme, 80 if "://" in url else 11434)
+        port = {"https": 443}.get(parts.scheme, 80 if "://" in url else _PORTS[of])
     netloc = f"{user}@{host}:{port}" if user else f"{host}:{port}"
     return urlunsplit((parts.scheme, netloc, parts.path.rstrip("/"), "", ""))
 
@@ -201,6 +215,10 @@ def _parse(variable: str, name: str, text: str) -> Any:
         raise _config_error(f"{variable}={redact_url(text)!r} cannot be read as {_KINDS[parser]}") from None
 
 
+def _vllm_url(text: str) -> str:
+    return normalise_base_url(text, of="vLLM")
+
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
@@ -219,6 +237,8 @@ _COMMON_NAMES = (
     ("OLLAMA_BASE_URL", "ollama_base_url"),
     ("OLLAMA_MODEL_GENERATION", "model_generation"),
     ("OLLAMA_MODEL_EMBEDDINGS", "model_embeddings"),
+    ("VLLM_BASE_URL", "vllm_base_url"),
+    ("VLLM_API_KEY", "vllm_api_key"),
     ("REDIS_URL", "redis_url"),
     ("REDIS_CACHE_ENABLED", "cache_enabled"),
     ("BATCH_WINDOW_MS", "window_ms"),
@@ -228,13 +248,15 @@ _KINDS: dict[Callable[[str], Any], str] = {
     float: "a number",
     _bool: "yes or no",
     normalise_base_url: "an address",
+    _vllm_url: "an address",
 }
 _PARSERS: dict[str, Callable[[str], Any]] = {
     "ollama_base_url": normalise_base_url,
+    "vllm_base_url": _vllm_url,
     **dict.fromkeys(("connect_timeout_s", "read_timeout_s", "deadline_s", "op_budget_s", "embed_budget_s",
                      "window_ms"), float),
     **dict.fromkeys(("ttl_s", "max_entry_bytes", "local_tier_bytes", "max_concurrency", "max_waiting",
-                     "max_batch"), int),
+                     "max_batch", "vllm_max_num_seqs"), int),
     "cache_enabled": _bool,
     "encrypt": _bool,
     "record_keys": _words,

@@ -22,6 +22,7 @@ from langchain_aegis import AegisSemanticCache, servers
 from langchain_aegis.client import _living
 from langchain_aegis.digests import Models
 from langchain_aegis.embedded.redis import EmbeddedRedis, package_path
+from langchain_aegis.own_bounds import learning
 from langchain_aegis.reloads import reloads
 from langchain_aegis.testing import ScriptedOllama
 from langchain_aegis.writes import the_writer
@@ -75,7 +76,7 @@ def _clean_environment():
     """No setting of the user reaches a test, and no test touches the user's home."""
     with pytest.MonkeyPatch.context() as patch, short_directory() as path:
         for name in list(os.environ):
-            if name.startswith(("AEGIS_", "OLLAMA_", "REDIS_")) or name == "BATCH_WINDOW_MS":
+            if name.startswith(("AEGIS_", "OLLAMA_", "OPENAI_", "REDIS_", "VLLM_")) or name == "BATCH_WINDOW_MS":
                 patch.delenv(name)
         patch.setenv("AEGIS_HOME", str(path))
         yield
@@ -94,6 +95,7 @@ def _no_bound_is_remembered(monkeypatch):
     In a process that is right: the smallest bound that anybody asked for a server wins.
     """
     monkeypatch.setattr(servers._registry, "servers", {})
+    learning.reset()
 
 
 @pytest.fixture(autouse=True)
