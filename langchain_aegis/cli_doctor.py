@@ -28,6 +28,9 @@ def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="Write corrected copies beside the files.")] = False,
     as_json: Json = False,
     ollama_url: OllamaUrl = None,
+    vllm_url: Annotated[
+        str | None, typer.Option(help="vLLM, or another server on OpenAI's wire. Default: VLLM_BASE_URL, else none.")
+    ] = None,
     redis_url: RedisUrl = None,
 ) -> None:
     """Say which settings do nothing or hurt, and what the servers really are; with the reason and the fix of each.
@@ -52,7 +55,9 @@ def doctor(
     findings = files.findings
     if not offline:
         settings = AegisSettings.from_env().but(
-            ollama_base_url=normalise_base_url(ollama_url) if ollama_url else None, redis_url=redis_url
+            ollama_base_url=normalise_base_url(ollama_url) if ollama_url else None,
+            vllm_base_url=normalise_base_url(vllm_url, of="vLLM") if vllm_url else None,
+            redis_url=redis_url,
         )
         findings = [*findings, *check_servers(settings, files.told(), probe=probe)]
     if as_json:

@@ -18,6 +18,7 @@ from langchain_aegis.ollama.knowledge import bare, knowledge, version_tuple
 from langchain_aegis.ollama.places import Edit, Place, Text
 from langchain_aegis.ollama.redis_service import check_redis, configuration
 from langchain_aegis.ollama.services import EVERYWHERE, Service, as_list, as_map, is_true, services_of
+from langchain_aegis.ollama.shared_gpu import check_shared_gpu, reserves_gpu
 
 _SUBCOMMANDS = {
     "serve", "start", "create", "show", "run", "pull", "push", "list", "ls", "ps", "cp", "rm", "stop", "signin",
@@ -97,6 +98,7 @@ def check_project(paths: Sequence[Path], values: Mapping[str, str]) -> Project:
                 services[base] = next(services_of(services[base].file, {service.name: joint}))
     for service in services:
         project.findings += _of_service(service, project)
+    project.findings += check_shared_gpu(files, services)
     project.findings = _once(project.findings)
     return project
 
@@ -132,8 +134,7 @@ def _of_service(service: Service, project: Project) -> Iterator[Finding]:
     yield from _check_ports(service)
     yield from _check_health(service, project.awaited.get(service.name))
     yield from _check_hardening(service)
-    devices = as_map(as_map(as_map(service.data.get("deploy")).get("resources")).get("reservations")).get("devices")
-    project.gpu |= bool(devices) or service.data.get("runtime") == "nvidia" or bool(service.data.get("gpus"))
+    project.gpu |= reserves_gpu(service.data)
 
 
 def _once(findings: list[Finding]) -> list[Finding]:

@@ -5,14 +5,18 @@ Nothing is changed, and no prompt is sent unless a probe is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from langchain_aegis.attempts import Timeouts
 from langchain_aegis.client import OllamaClient
+from langchain_aegis.errors import AegisError
 from langchain_aegis.ollama.compose import check_project
+from langchain_aegis.ollama.engine_checks import check_engine
 from langchain_aegis.ollama.env_files import Variable, identity, read_variables
 from langchain_aegis.ollama.environment import check_repeated, check_variables, only_server
 from langchain_aegis.ollama.findings import Finding
@@ -85,7 +89,7 @@ def read_files(compose: Sequence[Path], env_files: Sequence[Path]) -> Files:
 
 
 def check_servers(settings: AegisSettings, told: Told | None = None, *, probe: bool = False) -> Iterator[Finding]:
-    """Ask the Ollama server and the Redis that the settings name, with short timeouts.
+    """Ask the Ollama server, vLLM if it is named, and the Redis of the settings, with short timeouts.
 
     Args:
         settings: Where they are, and which models are expected.
@@ -95,10 +99,16 @@ def check_servers(settings: AegisSettings, told: Told | None = None, *, probe: b
     """
     timeouts = Timeouts(connect_s=TIMEOUT_S, read_s=TIMEOUT_S, deadline_s=2 * TIMEOUT_S)
     client = OllamaClient(settings.ollama_base_url, timeouts=timeouts)
+    loaded: list[dict[str, Any]] = []
     try:
         yield from check_ollama(client, settings, told or Told())
+        if settings.vllm_base_url is not None:
+            with contextlib.suppress(AegisError):  # that it does not answer was said
+                loaded = client.ps()
     finally:
         client.close()
+    if settings.vllm_base_url is not None:
+        yield from check_engine(settings, told or Told(), loaded)
     if probe:
         patient = OllamaClient(settings.ollama_base_url, timeouts=Timeouts.of(settings))
         try:

@@ -47,13 +47,13 @@ class Code:
     """One kind of finding, as the documentation lists it.
 
     Attributes:
-        looks_at: "files", "ollama", "redis" or "probe": what must be there for it.
+        looks_at: "files", "ollama", "vllm", "redis" or "probe": what must be there for it.
         severity: The severities that it may have.
         checks: What is looked for, in one sentence.
         fixed: `--fix` can correct it, at least in its usual form.
     """
 
-    looks_at: Literal["files", "ollama", "redis", "probe"]
+    looks_at: Literal["files", "ollama", "vllm", "redis", "probe"]
     severity: tuple[str, ...]
     checks: str
     fixed: bool = False
@@ -68,7 +68,7 @@ def codes() -> Mapping[str, Code]:
 
 def render_codes() -> str:
     """Return the table of codes as Markdown."""
-    where = {"files": "files", "ollama": "server", "redis": "Redis", "probe": "`--probe`"}
+    where = {"files": "files", "ollama": "server", "vllm": "vLLM", "redis": "Redis", "probe": "`--probe`"}
     rows = [
         f"| `{name}` | {where[c.looks_at]} | {', '.join(c.severity)} | {c.checks} | {'yes' if c.fixed else ''} |"
         for name, c in codes().items()
