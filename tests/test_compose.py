@@ -29,7 +29,7 @@ TEXT = FILE.read_text()
 COMPOSE = yaml.safe_load(TEXT)
 SERVICES = COMPOSE["services"]
 OLLAMA_AND_REDIS = ("ollama", "redis")
-SERVERS = (*OLLAMA_AND_REDIS, "prometheus", "grafana")
+SERVERS = (*OLLAMA_AND_REDIS, "vllm", "prometheus", "grafana")
 TABLE = knowledge()
 ONCE = Retry(NoBackoff(), 0)
 PASSWORD = "a password, with blanks & $igns"
@@ -73,7 +73,7 @@ def test_ports_are_published_on_loopback_only(name):
 @pytest.mark.row(123)
 @pytest.mark.parametrize("name", SERVICES)
 def test_images_name_a_version(name):
-    assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+", SERVICES[name]["image"])
+    assert re.fullmatch(r"[a-z/-]+:v?\d+\.\d+\.\d+", SERVICES[name]["image"])
 
 
 @pytest.mark.parametrize("name", [*OLLAMA_AND_REDIS, "pull"])
@@ -109,11 +109,12 @@ def test_a_server_has_no_way_out_and_waits_for_no_login_elsewhere(name):
     for network in SERVICES[name]["networks"]:
         options = networks[network].get("driver_opts", {})
         assert networks[network].get("internal") or options["com.docker.network.bridge.enable_ip_masquerade"] == "false"
-    assert "ports" not in SERVICES["pull"]
+    assert not {"pull", "pull-vllm"} & {name for name, service in SERVICES.items() if "ports" in service}
 
 
-def test_the_gpu_is_reserved():
-    (device,) = SERVICES["ollama"]["deploy"]["resources"]["reservations"]["devices"]
+@pytest.mark.parametrize("name", ["ollama", "vllm"])
+def test_the_gpu_is_reserved(name):
+    (device,) = SERVICES[name]["deploy"]["resources"]["reservations"]["devices"]
     assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
 
 
@@ -130,6 +131,97 @@ def test_files_that_are_mounted_exist_and_are_read_only():
         source, _, mode = mount.split(":")
         assert (ROOT / source).is_file()
         assert mode == "ro"
+
+
+# -- Two engines, one GPU ----------------------------------------------------------------------------------------
+
+
+def test_vllm_is_started_by_its_profile_only():
+    assert SERVICES["vllm"]["profiles"] == ["ingestion"]
+    assert "profiles" not in SERVICES["ollama"]
+    assert not any("vllm" in str(service.get("depends_on", "")) for service in SERVICES.values())
+
+
+def test_both_engines_hold_the_same_prompts():
+    told = dict(item.lstrip("-").split("=") for item in SERVICES["vllm"]["command"] if item.startswith("--"))
+    assert told["max-model-len"] == SERVICES["ollama"]["environment"]["OLLAMA_CONTEXT_LENGTH"]
+    assert f"AEGIS_VLLM_MAX_NUM_SEQS={told['max-num-seqs']}" in (ROOT / ".env.example").read_text()
+
+
+@pytest.fixture
+def program(tmp_path):
+    """A function that puts a program of a name on the path, which notes how it is called."""
+
+    def make(name):
+        path = tmp_path / name
+        path.write_text(f'#!/bin/sh\necho "$VLLM_BESIDE_OLLAMA $*" >> {tmp_path}/called\n')
+        path.chmod(0o755)
+        return {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    return make
+
+
+def called(directory):
+    path = directory / "called"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_vllm_waits_until_ollama_has_left_the_gpu(tmp_path, program):
+    """Ollama is a real listener: while it answers, vLLM is not started, and the log says why."""
+    with socket.socket() as ollama:
+        ollama.bind(("127.0.0.1", 0))
+        ollama.listen(64)
+        environment = program("vllm") | {"OLLAMA_ADDRESS": f"127.0.0.1:{ollama.getsockname()[1]}"}
+        start = [shutil.which("bash"), str(ROOT / "docker/vllm-start.sh"), "model", "--max-num-seqs=9"]
+        with subprocess.Popen(start, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            assert "waiting: Ollama answers" in process.stderr.readline()
+            assert called(tmp_path) == []
+            ollama.close()
+            assert process.wait(30) == 0
+            assert "Ollama is gone" in process.stderr.read()
+    assert called(tmp_path) == [" serve model --max-num-seqs=9"]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_vllm_starts_at_once_beside_ollama_if_told_and_without_ollama(tmp_path, program, told):
+    with socket.socket() as ollama:
+        ollama.bind(("127.0.0.1", 0))
+        if told:
+            ollama.listen(8)
+        environment = program("vllm") | {"OLLAMA_ADDRESS": f"127.0.0.1:{ollama.getsockname()[1]}"}
+        environment |= {"VLLM_BESIDE_OLLAMA": "yes"} if told else {}
+        done = subprocess.run(
+            [shutil.which("bash"), str(ROOT / "docker/vllm-start.sh"), "model"],
+            env=environment, capture_output=True, text=True, timeout=30, check=True,
+        )  # fmt: skip
+    assert done.stderr == ""
+    assert called(tmp_path) == [f"{'yes' if told else ''} serve model"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "calls"),
+    [
+        ("ollama", [" stop vllm", " up -d --wait redis ollama"]),
+        ("vllm", [" stop ollama", " up -d --wait redis vllm"]),
+        ("both", ["yes up -d --wait redis ollama vllm"]),
+    ],
+)
+def test_one_command_gives_the_gpu_to_an_engine(tmp_path, program, engine, calls):
+    environment = program("docker")
+    subprocess.run([str(ROOT / "docker/engine.sh"), engine], env=environment, timeout=30, check=True)
+    head = "compose -f docker-compose.dgx-spark.yml --profile ingestion"
+    assert called(tmp_path) == [f"{told.partition(' ')[0]} {head} {told.partition(' ')[2]}" for told in calls]
+    assert set(calls[-1].split()[4:]) | {"redis"} <= set(SERVICES)
+
+
+@pytest.mark.parametrize("arguments", [[], ["llama"]])
+def test_it_says_what_it_can_do(tmp_path, program, arguments):
+    done = subprocess.run(
+        [str(ROOT / "docker/engine.sh"), *arguments], env=program("docker"),
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert (done.returncode, called(tmp_path)) == (2, [])
+    assert all(f"docker/engine.sh {engine}" in done.stderr for engine in ("ollama", "vllm", "both"))
 
 
 # -- The Redis of the file, run with the real server and the real search module ----------------------------------
