@@ -215,3 +215,21 @@ def _usage(said):
 
 def _event(choice):
     return f"data: {json.dumps({**_head('chat.completion.chunk'), 'choices': [choice]})}\n\n"
+
+
+async def closed(*models):
+    """Close the connections of models of langchain-openai and langchain-ollama, which they leave to the collector."""
+    from langchain_openai.chat_models import _client_utils
+
+    for model in models:
+        if hasattr(model, "root_client"):  # the connections are those of all models of an address
+            model.root_client.close()
+            await model.root_async_client.close()
+        elif hasattr(model, "async_client"):
+            model.client._client.close()
+            await model.async_client._client.close()
+        elif type(model).__name__ == "ChatOllama":
+            model._client._client.close()
+            await model._async_client._client.aclose()
+    _client_utils._cached_sync_httpx_client.cache_clear()
+    _client_utils._cached_async_httpx_client.cache_clear()

@@ -9,7 +9,7 @@ import pytest
 from conftest import wait_until
 from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
-from openai_server import MODEL, OpenAIServer
+from openai_server import MODEL, OpenAIServer, closed
 
 from langchain_aegis import (
     AegisConnectionError,
@@ -46,10 +46,8 @@ _made = []
 async def _connections_are_closed():
     """The client of OpenAI's wire leaves its connections to the collector."""
     yield
-    while _made:
-        blocking, awaited = _made.pop()
-        blocking.close()
-        await awaited.close()
+    await closed(*_made)
+    _made.clear()
 
 
 def chat(server, **options):
@@ -62,7 +60,7 @@ def chat(server, **options):
         **options,
     }
     model = ChatOpenAI(**told)
-    _made.append((model.root_client, model.root_async_client))
+    _made.append(model)
     return model
 
 
@@ -70,7 +68,7 @@ def vectors(server, **options):
     address = getattr(server, "base_url", server)
     told = {"api_key": "none", "check_embedding_ctx_length": False, "max_retries": 0, **options}
     embeddings = OpenAIEmbeddings(model="bge-m3", base_url=address, **told)
-    _made.append((embeddings.client._client, embeddings.async_client._client))
+    _made.append(embeddings)
     return embeddings
 
 
