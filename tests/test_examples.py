@@ -13,6 +13,7 @@ from langchain_aegis.testing import ScriptedOllama
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FILES = sorted(path.name for path in EXAMPLES.glob("*.py"))
+NOT_RUN = {"ray_serve_llm.py"}  # needs GPUs
 DEADLINE_S = 120
 
 # Patterns that the output must hold, in this order.
@@ -59,7 +60,7 @@ SHOWN = {
 }
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [name for name in FILES if name not in NOT_RUN])
 @pytest.mark.slow
 def test_the_example_runs_alone_and_shows_its_point(name, home, tmp_path):
     with contextlib.ExitStack() as exits:
@@ -74,6 +75,13 @@ def test_the_example_runs_alone_and_shows_its_point(name, home, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert re.search(".*".join(SHOWN[name]), done.stdout, re.DOTALL), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", NOT_RUN)
+def test_an_example_that_is_not_run_is_type_checked_and_says_so(name):
+    checks = (EXAMPLES.parent / "tools" / "check.py").read_text()
+    assert f'"-m", "mypy", "examples/{name}"' in checks
+    assert "type-checked" in (EXAMPLES / name).read_text().partition("\n")[0]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -16,6 +16,7 @@ STEPS = {
     "lint": ["-m", "ruff", "check", "."],
     "format": ["-m", "ruff", "format", "--check", "."],
     "types": ["-m", "mypy"],
+    "types of examples that are not run": ["-m", "mypy", "examples/ray_serve_llm.py"],
     "structure": ["-m", "pytest", "tests/test_architecture.py", "tests/test_compose.py"],
 }
 

@@ -1,0 +1,6 @@
+# What the example uses of ray 2.60, as ray/serve/api.py has it.
+from typing import Any
+
+class Application: ...
+
+def run(target: Application, blocking: bool = False, name: str = "default", route_prefix: str | None = "/") -> Any: ...
