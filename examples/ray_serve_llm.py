@@ -1,4 +1,4 @@
-"""vLLM on several GPUs behind Ray Serve, and the application in front of it; type-checked here, run where GPUs are.
+"""Several replicas of vLLM behind Ray Serve, and the application in front; type-checked here, run where GPUs are."""
 
 pip install 'ray[llm]' 'langchain-aegis[openai]'
 python ray_serve_llm.py serve                    # on the cluster: until Ctrl-C
