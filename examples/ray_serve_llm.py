@@ -1,9 +1,8 @@
 """Several replicas of vLLM behind Ray Serve, and the application in front; type-checked here, run where GPUs are."""
 
-pip install 'ray[llm]' 'langchain-aegis[openai]'
-python ray_serve_llm.py serve                    # on the cluster: until Ctrl-C
-python ray_serve_llm.py ask http://head:8000/v1
-"""
+# pip install 'ray[llm]' 'langchain-aegis[openai]'
+# python ray_serve_llm.py serve                      on the cluster, until Ctrl-C
+# python ray_serve_llm.py ask http://head:8000/v1    where the application runs
 
 import asyncio
 import sys
