@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -18,7 +19,7 @@ import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
-from redis.exceptions import BusyLoadingError, ReadOnlyError, RedisError
+from redis.exceptions import AuthenticationError, AuthorizationError, BusyLoadingError, ReadOnlyError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
@@ -202,6 +203,14 @@ class Connections:
         self._tls.failed(exc)
         self.breaker.failed()
         slow = isinstance(exc, (RedisTimeoutError, TimeoutError))
+        if isinstance(exc, (AuthenticationError, AuthorizationError)):  # it will not be otherwise by itself
+            warn_once(
+                "redis_unavailable:login",
+                f"Redis refuses the user or the password, or asks for one ({type(exc).__name__}); calls go to the "
+                "model until that is set right. See `aegis doctor`",
+                level=logging.ERROR,
+            )
+            return Unavailable("redis_down")
         warn_once(
             "redis_unavailable",
             f"Redis does not answer ({type(exc).__name__}); calls go to the model until it does. See `aegis doctor`",

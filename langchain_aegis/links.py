@@ -20,8 +20,8 @@ from typing import Any, Final
 import hiredis
 import redis
 import redis.asyncio
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 _IDLE_S: Final = 0.02  # after so long it is asked whether the server has closed the connection meanwhile
@@ -62,9 +62,14 @@ def _check(replies: list[Any]) -> list[Any]:
 
 
 def readable(parse: Callable[[str], Exception]) -> Callable[[str], Exception]:
-    """Return what makes an error reply an exception; one that redis-py cannot read is an error reply too."""
+    """Return what makes an error reply an exception; one that redis-py cannot read is an error reply too.
+
+    Of whoever has not logged in, Redis reads no long commands: it closes the connection, and says so by another error.
+    """
 
     def error(text: str) -> Exception:
+        if "Protocol error: unauthenticated" in text:
+            return AuthenticationError("Authentication required.")
         try:
             return parse(text)
         except Exception:  # whatever it stumbles over: the command was refused
@@ -122,6 +127,7 @@ class Link:
         total = 0
         while True:
             if not (size := sock.recv_into(buffer)):
+                _check(replies)
                 raise RedisConnectionError("Redis closed the connection")
             reader.feed(buffer, 0, size)
             while (reply := reader.gets()) is not False:
@@ -324,9 +330,11 @@ class AsyncLink(asyncio.Protocol):
         self._transport.abort()
         self._connection._close()
         while self._asked:
-            answer = self._asked.popleft().answer
-            if not answer.done():
-                answer.set_exception(error or RedisConnectionError("the connection to Redis was closed"))
+            asked = self._asked.popleft()
+            if not asked.answer.done():
+                said = (reply for reply in asked.replies if isinstance(reply, RedisConnectionError))
+                error = error or next(said, None)
+                asked.answer.set_exception(error or RedisConnectionError("the connection to Redis was closed"))
             if isinstance(error, TooLarge):
                 error = TooLarge(own=False)  # the others have only been behind it
 

@@ -329,11 +329,15 @@ def test_a_redis_that_became_a_replica_still_answers_and_takes_no_writes(server,
 @HOW
 @pytest.mark.parametrize("told", ["", ":wrong@"])
 @pytest.mark.slow
-def test_a_password_that_is_missing_or_wrong_is_a_miss_and_one_warning(server, new_recorder, told, how, caplog):
+def test_a_password_that_is_missing_or_wrong_is_a_miss_and_one_error_in_the_log(
+    server, new_recorder, told, how, caplog
+):
     server.client.config_set("requirepass", "s3cret-canary")
     load = Load(new_recorder(url=server.url.replace("//", f"//{told}")), how)
     assert load(ASKED * 5).hits == 0
-    (said,) = {r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING}
+    (record,) = (r for r in caplog.records if r.levelno >= logging.WARNING)  # not one for each call
+    assert (record.levelname, record.name) == ("ERROR", "langchain_aegis")
+    said = record.getMessage()
     assert said.startswith("redis_unavailable") and "aegis doctor" in said
     assert "canary" not in caplog.text and "wrong" not in caplog.text.replace("went wrong", "")
     with pytest.raises(AegisConfigError, match="password") as caught:
@@ -342,6 +346,24 @@ def test_a_password_that_is_missing_or_wrong_is_a_miss_and_one_warning(server, n
     right = Load(new_recorder(url=server.url.replace("//", "//:s3cret-canary@"), validate=True), how)
     right(ASKED)
     wait_until(lambda: right(ASKED).hits == len(ASKED))
+
+
+@pytest.mark.row(9)
+@pytest.mark.parametrize("how", ["tasks", "threads"])
+@pytest.mark.parametrize("told", ["", ":wrong@"])
+def test_a_password_that_came_while_redis_was_away_is_an_error_in_the_log_too(
+    new_recorder, new_server, told, how, caplog
+):
+    """That Redis is away was said by a warning, and does not stand for what nobody but the operator can mend."""
+    server = new_server()
+    load = Load(new_recorder(url=server.url.replace("//", f"//{told}")), how, at_once=1)
+    server.kill()
+    load(ASKED[:2])
+    server.start()
+    server.client.config_set("requirepass", "s3cret-canary")
+    wait_until(lambda: load(ASKED[:2]).hits == 0 and len(caplog.records) > 1, 2 * PROBE_S, "the error")
+    said = [(r.levelname, r.getMessage().partition(":")[0]) for r in caplog.records if r.levelno >= logging.WARNING]
+    assert said == [("WARNING", "redis_unavailable"), ("ERROR", "redis_unavailable")]
 
 
 @pytest.mark.row(9)
