@@ -233,7 +233,8 @@ class Links:
                     with contextlib.suppress(IndexError):
                         return self._free.pop()
                     left_s = until_s - time.monotonic()
-                    if self._count < self._most and left_s > 0:
+                    # Later, others have waited in vain for what this one would ask: it would only add to their crowd.
+                    if self._count < self._most and left_s > self._wait_s / 5:
                         self._count += 1
                         break
                     if left_s <= 0 or not self._changed.wait(left_s):

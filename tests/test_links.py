@@ -8,16 +8,18 @@ import socket
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 import redis
 import redis.asyncio
+from conftest import wait_until
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from langchain_aegis.links import AsyncLinks, Link, Links, TooLarge, packed
+from langchain_aegis.links import AllInUse, AsyncLinks, Link, Links, TooLarge, packed
 
 BUDGET_S = 0.1
 
@@ -193,6 +195,40 @@ def test_who_waited_for_a_connection_has_the_rest_of_the_time_for_the_answer(red
     assert one.ask(echo("next"), 1) == [b"next"]
     assert one._free[0]._sock.gettimeout() == 1  # as before
     one.close()
+
+
+@pytest.mark.row(3)
+def test_who_waited_for_a_connection_in_vain_makes_none_that_he_has_no_time_for():
+    """Half of 64 threads would connect when the others have given up, and add that to what they have waited."""
+    made, ended = [], threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            client, _ = listener.accept()
+            with client:
+                client.recv(100)
+                client.sendall(b"$4\r\nopen\r\n")
+                client.recv(100)
+                ended.wait(10)
+
+        def make():
+            made.append(redis.Connection(port=listener.getsockname()[1], protocol=2, driver_info=None))
+            return made[-1]
+
+        one = Links(make, most=1, wait_s=1)
+        with ThreadPoolExecutor(3) as pool:
+            pool.submit(serve)
+            assert one.ask(echo("open"), 1) == [b"open"]
+            first = pool.submit(one.ask, echo("first"), 1)
+            wait_until(lambda: not one._free)
+            second = pool.submit(one.ask, echo("second"), 1)
+            wait_until(lambda: one._waiting)
+            time.sleep(0.9)  # of the second it has waited now
+            ended.set()
+            assert isinstance(first.exception(10), RedisConnectionError)
+            assert isinstance(second.exception(10), AllInUse)
+        assert len(made) == 1 and one._count == 0
+        one.close()
 
 
 @pytest.mark.row(24)
