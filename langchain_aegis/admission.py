@@ -83,6 +83,7 @@ class Admission:
         self._gone: deque[Ticket] = deque()
         self._idle: list[Waker] = []
         self._next_purge = 0.0
+        self._fit()
 
     def __deepcopy__(self, memo: Any) -> Self:
         """A copied model still talks to the same server."""
@@ -106,7 +107,7 @@ class Admission:
     @property
     def full(self) -> bool:
         """Whether `enter` would refuse a call now; without a lock, so it may be wrong a moment later."""
-        return self._counted >= self._max_waiting and len(self._running) >= self._max_concurrency
+        return self._counted >= self._max_waiting and len(self._running) >= self._usable
 
     @property
     def busy(self) -> int:
@@ -240,6 +241,7 @@ class Admission:
         with self._lock:
             if max_concurrency is not None:
                 self._max_concurrency = max_concurrency
+                self._fit()
             if max_waiting is not None:
                 self._max_waiting = max_waiting
             granted = self._grant()
@@ -306,9 +308,17 @@ class Admission:
 
     # The rest is for tickets. Methods that say "locked" are called with the lock held.
 
+    def _fit(self) -> None:
+        """Note how many slots may be used now; locked."""
+        self._usable = self._max_concurrency
+
+    def _share(self) -> int:
+        """Return how many slots those who wait here may count on, as a rule."""
+        return self._max_concurrency
+
     def _has_slot_for(self, kind: Priority) -> bool:
         """Whether a call that arrives now may run at once; locked."""
-        used, slots = len(self._running), self._max_concurrency
+        used, slots = len(self._running), self._usable
         if kind == "spare":  # one slot stays free for whoever comes next
             return not len(self._line) and (used + 1 < slots or (slots == 1 and not used))
         return used < slots
@@ -327,7 +337,7 @@ class Admission:
     def _grant(self) -> list[Ticket]:
         """Give free slots to waiting calls; locked. Returns the tickets to wake."""
         woken = []
-        while len(self._line) and len(self._running) < self._max_concurrency:
+        while len(self._line) and len(self._running) < self._usable:
             now = self._clock()
             patience_s = max(_PATIENCE_S, 2 * self._longest_s)
             ticket = self._line.next(self._running, self._max_concurrency, now, patience_s)
@@ -406,8 +416,8 @@ class Admission:
         self._settle()
         return waker if waits else None
 
-    def _overrun(self, ticket: Ticket) -> None:
-        """Let a call run beyond the bound."""
+    def _overrun(self, ticket: Ticket, *, blocks: bool = False) -> None:
+        """Let a call run beyond the bound; `blocks`: it blocks its event loop anyway."""
         with self._lock:
             if ticket.state is State.WAITING:
                 self._line.remove(ticket)
@@ -441,7 +451,7 @@ class Admission:
             return False  # settling gives what was taken back to those who wait already
         while self._gone:
             self._take_back(self._gone.popleft())
-        return len(self._running) < self._max_concurrency
+        return len(self._running) < self._usable
 
     def _purge(self) -> bool:
         """Drop waiting calls whose event loop was closed under them; locked. False if it was looked a moment ago."""
@@ -456,7 +466,7 @@ class Admission:
     def _overloaded(self) -> AegisOverloadedError:
         """Make the refusal, with the time after which the calls that wait now will have been served; locked."""
         service_s = _FIRST_GUESS_S if self._service_s is None else self._service_s
-        after_s = min(_LONGEST_RETRY_S, service_s * (len(self._line) + 1) / self._max_concurrency)
+        after_s = min(_LONGEST_RETRY_S, service_s * (len(self._line) + 1) / self._share())
         return AegisOverloadedError(
             f"{self._counted} calls wait already (max_waiting={self._max_waiting}); nothing was sent. "
             f"Try again in {after_s:.1f} s, or use .batch/.abatch, which wait for their turn",

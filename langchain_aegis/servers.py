@@ -81,7 +81,7 @@ def admission_for(server: str, *, max_concurrency: int | None = None, max_waitin
     with _registry.lock:
         shared = _registry.servers.get(server)
         if shared is None or shared.admission.closed:
-            shared = _registry.servers[server] = _Shared(Admission())
+            shared = _registry.servers[server] = _Shared(_new(server))
         shared.max_concurrency = _smaller(shared.max_concurrency, max_concurrency)
         shared.max_waiting = _smaller(shared.max_waiting, max_waiting)
         shared.admission.limit(max_concurrency=shared.max_concurrency, max_waiting=shared.max_waiting)
@@ -142,6 +142,15 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         if value is None and name != "deadline_s":
             raise AegisConfigError(f"{name} must be a number, got None")
     check_bounds(**given)
+
+
+def _new(server: str) -> Admission:
+    """Return an admission for a server, whose slots this process may share with others."""
+    if not os.environ.get("AEGIS_SHARED_SLOTS", "").strip():
+        return Admission()
+    from langchain_aegis.slot_lender import admission_at  # Redis is needed for nothing else here
+
+    return admission_at(server)
 
 
 def _normalised(address: str) -> str | None:

@@ -72,6 +72,8 @@ class AegisSettings:
     max_waiting: int = 100
     window_ms: float = 50.0
     max_batch: int = 16
+    shared_slots: bool = False  # `max_concurrency` bounds the calls of all processes together, by leases in Redis
+    slot_lease_s: float = 10.0  # after which the slots of a process that has died are free again
 
     # Host
     home: str | None = None
@@ -92,6 +94,8 @@ class AegisSettings:
         for name in ("max_waiting", "window_ms", "local_tier_bytes"):
             if not getattr(self, name) >= 0:
                 raise _config_error(f"{name} must be 0 or more, got {getattr(self, name)!r}")
+        if not 1 <= self.slot_lease_s <= 60:  # shorter, a busy machine would lose what it uses
+            raise _config_error(f"slot_lease_s must be 1 to 60, got {self.slot_lease_s!r}")
         if not self.namespace or any(c in "{}*?[]\\" or c.isspace() or not c.isprintable() for c in self.namespace):
             raise _config_error(f"namespace must be a plain word without braces or wildcards, got {self.namespace!r}")
         if self.secret_key is not None and len(self.secret_key) < _SHORTEST:
@@ -254,10 +258,11 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "ollama_base_url": normalise_base_url,
     "vllm_base_url": _vllm_url,
     **dict.fromkeys(("connect_timeout_s", "read_timeout_s", "deadline_s", "op_budget_s", "embed_budget_s",
-                     "window_ms"), float),
+                     "window_ms", "slot_lease_s"), float),
     **dict.fromkeys(("ttl_s", "max_entry_bytes", "local_tier_bytes", "max_concurrency", "max_waiting",
                      "max_batch", "vllm_max_num_seqs"), int),
     "cache_enabled": _bool,
     "encrypt": _bool,
+    "shared_slots": _bool,
     "record_keys": _words,
 }  # fmt: skip

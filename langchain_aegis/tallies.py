@@ -82,6 +82,8 @@ class AdmissionStats:
     prefixes_reused: int  # turns given to calls whose prompt begins like the one before in their slot
     reloads_avoided: int  # turns given to calls that need what was loaded, past one that needs something else
     rows: tuple[Row, ...]  # the counts by model and tenant
+    lent: int | None = None  # slots of those that processes share which this one has; None: it shares none now
+    workers: int = 1  # processes that share the server's slots, as far as known
 
 
 class Tally:

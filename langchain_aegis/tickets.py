@@ -95,7 +95,7 @@ class Ticket:
         if self.state is State.WAITING:
             if running_loop() is not None:
                 _warn_of_blocking()
-                self.admission._overrun(self)
+                self.admission._overrun(self, blocks=True)
             elif (waker := self.admission._register(self, None)) is not None:
                 try:
                     waker.wait(self._remaining_s())

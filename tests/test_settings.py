@@ -38,6 +38,8 @@ EXAMPLES = {
     "max_waiting": ("0", 0),
     "window_ms": ("0", 0.0),
     "max_batch": ("8", 8),
+    "shared_slots": ("1", True),
+    "slot_lease_s": ("5", 5.0),
     "home": ("/srv/aegis", "/srv/aegis"),
     "secret_key": ("0123456789abcdef", "0123456789abcdef"),
     "record_keys": ("the-new-key-of-records secret", ("the-new-key-of-records", "secret")),
