@@ -31,6 +31,8 @@ class _Gauge:
 _GAUGES: Final = (
     _Gauge("slots", "Calls that may run at once.", lambda s: s.max_concurrency),
     _Gauge("running", "Calls that run.", lambda s: s.running),
+    _Gauge("lent", "Slots that processes share and that this one has now; none while it cannot ask.", lambda s: s.lent),
+    _Gauge("workers", "Processes that share the server's slots, as far as this one knows.", lambda s: s.workers),
     _Gauge("places", "Calls that may wait before others are refused.", lambda s: s.max_waiting),
     _Gauge("waiting", "Calls that wait and count against the places.", lambda s: s.waiting),
     _Gauge("waiting_uncounted", "Items of batches, and others that wait without counting.", lambda s: s.waiting_bulk),

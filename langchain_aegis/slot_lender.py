@@ -189,7 +189,7 @@ class SlotLender:
         while not self._closing:
             self._rest(pause_s)
             link: SlotLink | None = None
-            served = False
+            served, since_s = False, 0.0
             try:
                 assert self._bell is not None  # noqa: S101  # made before the thread
                 link = self._link = SlotLink(self._make, self._bell, _PATIENCE_S)
@@ -197,13 +197,12 @@ class SlotLender:
                 for share in tuple(self._shares):
                     share.joined = False
                     self._turn(link, share)
-                served, broke, pause_s = True, False, 0.0
+                served, broke, pause_s, since_s = True, False, 0.0, time.monotonic()
                 self._serve(link)
             except Exception as exc:  # nobody is there to catch it, whatever it is: then nothing is shared for now
-                # A connection that ended is made anew at once; calls wait so long.
-                again = served and not broke and not isinstance(exc, (RedisTimeoutError, ResponseError))
-                if again:
-                    broke = True
+                # A connection that merely ended is made anew at once; calls wait so long.
+                if served and not broke and not isinstance(exc, (RedisTimeoutError, ResponseError)):
+                    broke, pause_s = True, 0.0 if time.monotonic() - since_s > _LAST_PAUSE_S else _FIRST_PAUSE_S
                 else:
                     self._part(exc)
                     last_s = _REFUSED_PAUSE_S if isinstance(exc, ResponseError) else _LAST_PAUSE_S
