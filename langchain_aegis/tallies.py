@@ -83,7 +83,7 @@ class AdmissionStats:
     reloads_avoided: int  # turns given to calls that need what was loaded, past one that needs something else
     rows: tuple[Row, ...]  # the counts by model and tenant
     lent: int | None = None  # slots of those that processes share which this one has; None: it shares none now
-    workers: int | None = None  # processes that share the server's slots, as far as this one knows; None: it shares none
+    workers: int | None = None  # processes that share the server's slots, as far as known; None: none are shared
 
 
 class Tally:
