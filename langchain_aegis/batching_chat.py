@@ -262,25 +262,31 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
     ) -> Iterator[ChatGenerationChunk]:  # fmt: skip
         given = {} if run_manager is None else {"run_manager": run_manager}
         kept, scope = self._kept(messages, stop, kwargs), current()
-        if kept is not None and (hit := kept.lookup()) is not None:
-            yield from hit
-            return
+        if kept is not None:
+            chunk = None
+            for chunk in kept.found():
+                yield chunk
+            if chunk is not None:
+                return
         entry = self._claim(messages, stop, kwargs, streams=True, blocking=True, kept=kept)
 
         def shared() -> Iterator[ChatGenerationChunk]:
             with scoped(scope), consulted_by_core(self.inner):
                 yield from self.inner._stream(messages, stop=stop, **kwargs)
 
-        with contextlib.closing(
-            cast(
-                "Generator[ChatGenerationChunk]",
-                entry.stream(
-                    lambda: self.inner._stream(messages, stop=stop, **given, **kwargs),
-                    lambda: self._streaming(entry, kept),
-                    shared,
-                ),
-            )
-        ) as chunks:
+        with (
+            kept or contextlib.nullcontext(),
+            contextlib.closing(
+                cast(
+                    "Generator[ChatGenerationChunk]",
+                    entry.stream(
+                        lambda: self.inner._stream(messages, stop=stop, **given, **kwargs),
+                        lambda: self._streaming(entry, kept),
+                        shared,
+                    ),
+                )
+            ) as chunks,
+        ):
             for chunk in chunks:
                 if entry.shares and run_manager:
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
@@ -288,8 +294,8 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
                     kept.add(chunk)
                 note_if_cut(chunk)
                 yield chunk
-        if kept is not None:
-            kept.store()
+            if kept is not None:
+                kept.store()
 
     async def _astream(
         self, messages: list[BaseMessage], stop: list[str] | None = None,
@@ -297,10 +303,13 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
     ) -> AsyncIterator[ChatGenerationChunk]:  # fmt: skip
         given = {} if run_manager is None else {"run_manager": run_manager}
         kept, scope = self._kept(messages, stop, kwargs), current()
-        if kept is not None and (hit := await kept.alookup()) is not None:
-            for chunk in hit:
-                yield chunk
-            return
+        if kept is not None:
+            chunk = None
+            async with contextlib.aclosing(kept.afound()) as answer:
+                async for chunk in answer:
+                    yield chunk
+            if chunk is not None:
+                return
         entry = self._claim(messages, stop, kwargs, streams=True, kept=kept)
 
         async def shared() -> AsyncIterator[ChatGenerationChunk]:
@@ -315,16 +324,17 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
             lambda: self._streaming(entry, kept),
             shared,
         )
-        async with contextlib.aclosing(cast("AsyncGenerator[ChatGenerationChunk]", chunks)):
-            async for chunk in chunks:
-                if entry.shares and run_manager:
-                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                if kept is not None:
-                    kept.add(chunk)
-                note_if_cut(chunk)
-                yield chunk
-        if kept is not None:
-            await kept.astore()
+        with kept or contextlib.nullcontext():
+            async with contextlib.aclosing(cast("AsyncGenerator[ChatGenerationChunk]", chunks)):
+                async for chunk in chunks:
+                    if entry.shares and run_manager:
+                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    if kept is not None:
+                        kept.add(chunk)
+                    note_if_cut(chunk)
+                    yield chunk
+            if kept is not None:
+                await kept.astore()
 
     def _entry(
         self, wait: Wait, prompt: LanguageModelInput, kwargs: Mapping[str, Any], *,
@@ -440,7 +450,8 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
         mine = entry is not None and entry.owner is self.inner and entry.opened and not entry.claimed
         if entry is not None and mine and (entry.decided or not entry.may_share):
             return None
-        return KeptStream(self, messages, stop, kwargs, entry.config if entry is not None and mine else None)
+        config, deadline = (entry.config, entry.deadline) if entry is not None and mine else (None, None)
+        return KeptStream(self, messages, stop, kwargs, config, deadline)
 
     @cached_property
     def _streams_inside(self) -> bool:

@@ -26,7 +26,9 @@ from langchain_aegis.notices import warn_once
 from langchain_aegis.performer import swallow
 from langchain_aegis.pipelines import Pipelines
 from langchain_aegis.questions import Labels
+from langchain_aegis.relays import Relay, relay_of
 from langchain_aegis.settings import AegisSettings, Mode
+from langchain_aegis.stamps import peek
 from langchain_aegis.sweeper import the_sweeper
 from langchain_aegis.transfer import Transfer
 from langchain_aegis.verifiers import Verifier
@@ -265,6 +267,18 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
         """Like `stale_answer`."""
         try:
             return await arun(self._engine.stale_answer(prompt, llm_string), self._aperform)
+        except Exception as exc:  # as in `lookup`
+            swallow("lookup", exc)
+            return None
+
+    def relay(self, prompt: str, llm_string: str) -> Relay | None:
+        """Return what passes an answer on between processes, after a lookup in this context that missed, or None.
+
+        ChatAegis and BatchingChatModel ask for it when they stream; only a cache with `lease_s` has one.
+        """
+        try:
+            pending = peek(self._engine._identity, prompt, llm_string)
+            return None if pending is None else relay_of(self._engine, self._connections, pending)
         except Exception as exc:  # as in `lookup`
             swallow("lookup", exc)
             return None

@@ -28,6 +28,7 @@ from langchain_aegis.client import OllamaClient
 from langchain_aegis.digests import note_asked
 from langchain_aegis.endpoint import Endpoint
 from langchain_aegis.errors import AegisConfigError, AegisOptionError
+from langchain_aegis.followed import afound, found
 from langchain_aegis.hits import CachedChat
 from langchain_aegis.identity import llm_string
 from langchain_aegis.options import (
@@ -47,7 +48,7 @@ from langchain_aegis.options import (
 from langchain_aegis.overflow import Fit, Policy, Trim
 from langchain_aegis.pools import Pool
 from langchain_aegis.reloads import Place, Rule, place, resolve_strict, runner_options
-from langchain_aegis.replays import StreamEntry, as_chunks
+from langchain_aegis.replays import StreamEntry
 from langchain_aegis.servers import addresses_of, admission_of
 from langchain_aegis.settings import AegisSettings, normalise_base_url
 from langchain_aegis.spread import Asks, Spread
@@ -350,35 +351,46 @@ class ChatAegis(CachedChat):
     ) -> Iterator[ChatGenerationChunk]:
         call = self._call(stop, arguments)
         entry = self._entry(messages, call)
-        if entry and (hit := entry.lookup()):
-            yield from as_chunks(hit)
+        chunk = None
+        for chunk in found(entry) if entry else ():
+            yield chunk
+        if chunk is not None:
             return
         whole = Whole()
-        for part in self._way(call, messages).parts():
-            if entry:
-                whole.add(part)
-            yield read_chunk(part, reasoning=call.think)
-        # Reached only when the consumer took all of it, and the server said that it was all.
-        if entry and (complete := whole.part()):
-            entry.store(self._storable(complete, call))
+        with entry or contextlib.nullcontext():
+            for part in self._way(call, messages).parts():
+                chunk = read_chunk(part, reasoning=call.think)
+                if entry:
+                    whole.add(part)
+                    entry.send(chunk)
+                yield chunk
+            # Reached only when the consumer took all of it, and the server said that it was all.
+            if entry and (complete := whole.part()):
+                entry.store(self._storable(complete, call))
 
     async def _astream_or_replay(
         self, messages: list[BaseMessage], stop: list[str] | None, arguments: dict[str, Any]
     ) -> AsyncGenerator[ChatGenerationChunk, None]:
         call = self._call(stop, arguments)
         entry = self._entry(messages, call)
-        if entry and (hit := await entry.alookup()):
-            for chunk in as_chunks(hit):
-                yield chunk
-            return
+        if entry:
+            chunk = None
+            async with contextlib.aclosing(afound(entry)) as answer:
+                async for chunk in answer:
+                    yield chunk
+            if chunk is not None:
+                return
         whole = Whole()
-        async with contextlib.aclosing(self._way(call, messages).aparts()) as parts:
-            async for part in parts:
-                if entry:
-                    whole.add(part)
-                yield read_chunk(part, reasoning=call.think)
-        if entry and (complete := whole.part()):
-            await entry.astore(self._storable(complete, call))
+        with entry or contextlib.nullcontext():
+            async with contextlib.aclosing(self._way(call, messages).aparts()) as parts:
+                async for part in parts:
+                    chunk = read_chunk(part, reasoning=call.think)
+                    if entry:
+                        whole.add(part)
+                        entry.send(chunk)
+                    yield chunk
+            if entry and (complete := whole.part()):
+                await entry.astore(self._storable(complete, call))
 
     def _entry(self, messages: list[BaseMessage], call: Call) -> StreamEntry | None:
         if self.cache is False or not StreamEntry.applies(self):

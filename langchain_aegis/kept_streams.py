@@ -7,8 +7,8 @@ what the cache says decides whose stream it may join.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Self
 
 from langchain_core.caches import BaseCache
 from langchain_core.globals import get_llm_cache
@@ -17,8 +17,9 @@ from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk
 
 from langchain_aegis.copies import twin_of_chunk, whole
+from langchain_aegis.followed import afound, found
 from langchain_aegis.forwarding import ForwardingChatModel
-from langchain_aegis.replays import StreamEntry, as_chunks
+from langchain_aegis.replays import StreamEntry
 from langchain_aegis.stamps import last_lookup
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class KeptStream:
         stop: As in `invoke`.
         kwargs: The call's other arguments.
         config: The call's own config.
+        deadline: Time of `time.monotonic()` at which the caller leaves.
     """
 
     def __init__(
@@ -61,10 +63,12 @@ class KeptStream:
         stop: list[str] | None,
         kwargs: Mapping[str, Any],
         config: RunnableConfig | None,
+        deadline: float | None = None,
     ) -> None:
         cache = _cache_of(wrapper)
         assert cache is not None  # noqa: S101 - see Args
         self._entry = StreamEntry(cache, messages, wrapper._get_llm_string(stop=stop, **kwargs), config)
+        self._deadline = deadline
         self._output_version = wrapper.output_version
         self._chunks: list[ChatGenerationChunk] = []
 
@@ -73,16 +77,23 @@ class KeptStream:
         """When the cache was asked, in its own counting."""
         return self._entry._context.run(last_lookup)
 
-    def lookup(self) -> list[ChatGenerationChunk] | None:
-        """Return the cached answer as a stream, or None."""
-        return _streamed(self._entry.lookup())
+    def found(self) -> Iterator[ChatGenerationChunk]:
+        """Yield the answer that is kept, or that another process makes; none: this call has to make it."""
+        return found(self._entry, self._deadline)
 
-    async def alookup(self) -> list[ChatGenerationChunk] | None:
-        """Do what `lookup` does, without blocking the event loop."""
-        return _streamed(await self._entry.alookup())
+    def afound(self) -> AsyncGenerator[ChatGenerationChunk]:
+        """Do what `found` does, without blocking the event loop."""
+        return afound(self._entry, self._deadline)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._entry.leave()  # who waits for the rest elsewhere need not any longer, unless it was stored
 
     def add(self, chunk: ChatGenerationChunk) -> None:
         """Take the next chunk."""
+        self._entry.send(chunk)
         self._chunks.append(twin_of_chunk(chunk, False))
 
     def store(self) -> None:
@@ -105,7 +116,3 @@ class KeptStream:
         if self._output_version == "v1" and isinstance(generation.message, AIMessage):
             generation.message = _update_message_content_to_blocks(generation.message, "v1")
         return generation
-
-
-def _streamed(hit: AIMessage | None) -> list[ChatGenerationChunk] | None:
-    return None if hit is None else as_chunks(hit)

@@ -28,7 +28,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
-from langchain_aegis import nearby, scripts
+from langchain_aegis import nearby, relays, scripts
 from langchain_aegis.connections import Connections
 from langchain_aegis.forks import reset_after_fork
 from langchain_aegis.links import packed
@@ -41,7 +41,7 @@ from langchain_aegis.store import Commands
 # Commands and scripts that change no record, nor the epochs in a way that concerns one.
 _HARMLESS: Final = frozenset({
     "HMGET", "HGETALL", "SMEMBERS", "SCAN", "ZSCORE", "ZCOUNT", "ZADD", "FT._LIST", "FT.SEARCH", "FT.CREATE", "FT.INFO",
-    "FCALL_RO", "FUNCTION",
+    "FCALL_RO", "FUNCTION", "XRANGE", "EXISTS", "GET", relays.SEND,
     nearby.SCRIPT, scripts.UNLIST, scripts.SWEEP, scripts.REMEMBER, scripts.LEASE, scripts.RELEASE,
 })  # fmt: skip
 Meanwhile: TypeAlias = Callable[[], object] | None

@@ -26,6 +26,7 @@ from langchain_aegis.lookup import Begun
 from langchain_aegis.namespace import OF_CLUSTER
 from langchain_aegis.notices import logger, warn_once
 from langchain_aegis.replies import error_kind, is_of_cluster
+from langchain_aegis.stamps import follows
 from langchain_aegis.steps import Aside, Embed, Verify, Wait, Work
 from langchain_aegis.store import Commands
 from langchain_aegis.sweeper import the_sweeper
@@ -71,6 +72,7 @@ class Performer:
         if isinstance(step, AskServer):
             return step.perform()
         assert isinstance(step, Wait)  # noqa: S101  # there is no other
+        _may_wait()
         return time.sleep(step.seconds)
 
     async def _aperform(self, step: Any) -> Any:
@@ -93,6 +95,7 @@ class Performer:
         if isinstance(step, AskServer):
             return await step.aperform()
         assert isinstance(step, Wait)  # noqa: S101  # there is no other
+        _may_wait()
         return await asyncio.sleep(step.seconds)
 
     def _ask(self, begun: Begun) -> None:
@@ -160,6 +163,12 @@ class Performer:
             return await arun(flow(), self._aperform)
         except (Unavailable, RedisError) as exc:
             raise _not_done(exc) from exc
+
+
+def _may_wait() -> None:
+    """Raise Unavailable for a lookup that need not wait for another process's answer: it follows its making."""
+    if follows():
+        raise Unavailable("followed")
 
 
 class _Threads:

@@ -145,6 +145,10 @@ _TEXTS: dict[Stage, dict[str, tuple[str, str]]] = {
             "Another process makes this answer; it was waited for in vain.",
             "Raise `lease_wait_s` if answers take longer than it.",
         ),
+        "followed": (
+            "Another process makes this answer just now: a stream is given its pieces as they come.",
+            _FINE,
+        ),
         "shadow": (
             "This hit was drawn for checking: the model is asked anyway, and both answers are compared.",
             "Nothing: that is how the rate of wrong hits is measured.",

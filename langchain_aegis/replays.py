@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from contextvars import ContextVar, copy_context
 from copy import deepcopy
 from types import NoneType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from langchain_core.caches import BaseCache
 from langchain_core.language_models._utils import _update_message_content_to_blocks
@@ -26,6 +26,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk
 from langchain_aegis.cut_answers import rests_on_a_part
 from langchain_aegis.notices import warn_once
 from langchain_aegis.scope import seen_config
+from langchain_aegis.stamps import following
 
 T = TypeVar("T")
 
@@ -46,6 +47,10 @@ def consulted_by_core(model: object) -> Iterator[None]:
         _consulted.reset(token)
 
 
+class BrokenOff(Exception):
+    """An answer that another process makes does not come to its end, or not here."""
+
+
 class StreamEntry:
     """Where the answer of one streamed call stands in LangChain's cache.
 
@@ -62,6 +67,7 @@ class StreamEntry:
         self._llm_string = llm_string
         self._config = config
         self._context = copy_context()
+        self.relay: Any = None  # what passes the answer on between processes, after a lookup that missed
 
     @staticmethod
     def applies(model: object) -> bool:
@@ -71,7 +77,9 @@ class StreamEntry:
     def lookup(self) -> AIMessage | None:
         """Return the cached answer, None if there is none."""
         try:
-            return _first(self._run(lambda: self._cache.lookup(self._prompt, self._llm_string)))
+            found = _first(self._run(lambda: self._cache.lookup(self._prompt, self._llm_string)))
+            self._look_for_relay(found)
+            return found
         except Exception as exc:  # a cache may raise anything
             _failed(exc)
             return None
@@ -79,14 +87,16 @@ class StreamEntry:
     async def alookup(self) -> AIMessage | None:
         """Do what `lookup` does, without blocking the event loop."""
         try:
-            return _first(await self._arun(lambda: self._cache.alookup(self._prompt, self._llm_string)))
+            found = _first(await self._arun(lambda: self._cache.alookup(self._prompt, self._llm_string)))
+            self._look_for_relay(found)
+            return found
         except Exception as exc:  # a cache may raise anything
             _failed(exc)
             return None
 
     def store(self, generation: ChatGeneration) -> None:
         """Keep a complete answer, unless it rests on a part of its prompt."""
-        if rests_on_a_part([generation]):
+        if not self._is_whole(generation):
             return
         try:
             self._run(lambda: self._cache.update(self._prompt, self._llm_string, [generation]))
@@ -95,23 +105,56 @@ class StreamEntry:
 
     async def astore(self, generation: ChatGeneration) -> None:
         """Do what `store` does, without blocking the event loop."""
-        if rests_on_a_part([generation]):
+        if not self._is_whole(generation):
             return
         try:
             await self._arun(lambda: self._cache.aupdate(self._prompt, self._llm_string, [generation]))
         except Exception as exc:  # a cache may raise anything, and the answer has been given
             _failed(exc)
 
+    def send(self, chunk: ChatGenerationChunk) -> None:
+        """Pass a piece of the answer on to other processes that wait for it, if there may be any."""
+        if self.relay is not None:
+            self.relay.send(chunk)
+
+    def leave(self) -> None:
+        """Say that no more comes of the answer; does nothing after `store`."""
+        if self.relay is not None:
+            self.relay.cut()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def _look_for_relay(self, found: AIMessage | None) -> None:
+        make = getattr(self._cache, "relay", None)
+        self.relay = None if make is None or found is not None else self._run(lambda: make(*self._asked))
+
+    @property
+    def _asked(self) -> tuple[str, str]:
+        return self._prompt, self._llm_string
+
+    def _is_whole(self, generation: ChatGeneration) -> bool:
+        """Return whether an answer is one to the whole prompt; whoever waits for it elsewhere is told."""
+        if rests_on_a_part([generation]):
+            self.leave()
+            return False
+        if self.relay is not None:
+            self.relay.end()
+        return True
+
     def _run(self, ask: Callable[[], T]) -> T:
         def inside() -> T:
-            with seen_config(self._config):
+            with seen_config(self._config), following():
                 return ask()
 
         return self._context.run(inside)
 
     async def _arun(self, ask: Callable[[], Awaitable[T]]) -> T:
         async def inside() -> T:
-            with seen_config(self._config):
+            with seen_config(self._config), following():
                 return await ask()
 
         return await asyncio.create_task(inside(), context=self._context)

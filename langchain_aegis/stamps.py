@@ -7,7 +7,8 @@ answer whose making began before it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -76,6 +77,7 @@ _stamp: ContextVar[str] = ContextVar("aegis_lookup_stamp", default="")
 # Values are replaced, never changed: a copied context has its own.
 _NOTHING = _Kept()
 _pending: ContextVar[_Kept] = ContextVar("aegis_pending", default=_NOTHING)
+_follows: ContextVar[bool] = ContextVar("aegis_follows", default=False)
 _forgotten: ContextVar[Mapping[object, Pending]] = ContextVar("aegis_forgotten", default=_NONE)
 
 
@@ -95,6 +97,11 @@ def remember(engine: object, prompt: str, llm_string: str, who: Any, found: Any)
     _pending.set(kept)
 
 
+def peek(engine: object, prompt: str, llm_string: str) -> Pending | None:
+    """Return the last lookup of this prompt in this context, and leave it; None if there was none."""
+    return _pending.get().get((engine, prompt, llm_string))
+
+
 def recall(engine: object, prompt: str, llm_string: str) -> Pending | None:
     """Take the last lookup of this prompt in this context; None if there was none."""
     name = (engine, prompt, llm_string)
@@ -109,6 +116,21 @@ def recall(engine: object, prompt: str, llm_string: str) -> Pending | None:
 def forgotten(engine: object) -> Pending | None:
     """Return the first of so many lookups in this context that not all could be kept; None if all were."""
     return _forgotten.get().get(engine)
+
+
+@contextlib.contextmanager
+def following() -> Iterator[None]:
+    """Say that whoever looks up inside takes another process's answer as it comes, rather than wait for its end."""
+    token = _follows.set(True)
+    try:
+        yield
+    finally:
+        _follows.reset(token)
+
+
+def follows() -> bool:
+    """Return whether this lookup is made `following`."""
+    return _follows.get()
 
 
 def note_lookup(stamp: str) -> None:

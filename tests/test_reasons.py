@@ -20,7 +20,7 @@ GUIDE = PACKAGE.parent / "docs" / "cache.md"
 MODULES = [
     "model_parts", "keys", "questions", "entries", "store", "scripts", "connections", "budgets", "embedder",
     "verifiers", "shadow", "lookup", "updates", "engine", "cache", "pipelines",
-    "middleware", "recached", "reports", "transfer", "leases", "explain",
+    "middleware", "recached", "reports", "transfer", "leases", "explain", "performer",
 ]  # fmt: skip
 RAISED = {"Unavailable", "NoQuestion", "Declined"}
 TOLD = {"bypassed", "not_stored", "miss", "give_up"}

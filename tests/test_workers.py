@@ -170,3 +170,57 @@ def test_the_slots_of_killed_processes_are_back_within_the_lease(redis_url):
         assert codes.count(0) == 5
         assert seen.most == 4
         assert goodput(living, back_s, began_s + 14) >= 0.8 * 4 / 0.3  # of all four slots
+
+
+# One worker: `callers` coroutines that ask the same at about the same moment and read it as it comes.
+ASKER = """
+import asyncio, hashlib, sys, time
+from langchain_aegis import AegisSemanticCache, BatchingChatModel, ChatAegis
+
+cache = AegisSemanticCache(lease_s=30, lease_wait_s=30, op_budget_s=5)
+model = BatchingChatModel(ChatAegis("m", temperature=0, cache=cache), cache=cache, max_waiting=1000)
+
+async def caller(i):
+    await asyncio.sleep(i * 0.01)  # some come late
+    times, text = [], ""
+    async for chunk in model.astream("How long may I keep a book at home?"):
+        times.append(time.time())
+        text += chunk.text
+    print(len(times), times[0], times[-1], hashlib.sha256(text.encode()).hexdigest(), flush=True)
+
+async def main():
+    assert await cache.alookup("warm up", "x") is None
+    print("ready", flush=True)
+    sys.stdin.readline()
+    await asyncio.gather(*(caller(i) for i in range(int(sys.argv[1]))))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+def test_eight_processes_with_four_hundred_identical_calls_make_one_that_is_streamed_to_all(redis_url):
+    with ScriptedOllama("m", slots=4, tokens_per_s=8, words=24) as server:
+        env = environment(redis_url, server)
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-W", "error", "-c", ASKER, "50"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                text=True, env=env,
+            )
+            for _ in range(8)
+        ]  # fmt: skip
+        for process in processes:
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        told = [process.communicate(timeout=60)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0] * 8
+        rows = [line.split() for text in told for line in text.splitlines()]
+        assert len(rows) == 400
+        assert len({digest for *_, digest in rows}) == 1
+        assert len(server.chats) == 1
+        # All of them began to read well before the answer was complete, and read it in many pieces.
+        ends = min(float(last) for _, _, last, _ in rows)
+        assert max(float(first) for _, first, _, _ in rows) < ends
+        assert min(int(count) for count, *_ in rows) > 5
