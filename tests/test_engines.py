@@ -166,6 +166,7 @@ async def test_beyond_the_bounds_a_call_is_refused_with_a_time_and_an_exact_hit_
     server.hold()
     calls = await burst(model, server, 5)
     await reached(server, lambda s: s.running == 2)
+    await asyncio.to_thread(wait_until, lambda: model.admission.stats().waiting == 3)  # they ask the cache first
     with pytest.raises(AegisOverloadedError) as refused:
         await model.ainvoke("One more?")
     assert refused.value.retry_after_s > 0

@@ -75,7 +75,7 @@ class Service:
     def __init__(self) -> None:
         settings = AegisSettings.from_env()
         self.ollama_url = settings.ollama_base_url
-        self._vectors = AegisEmbeddingCache()
+        self._vectors = AegisEmbeddingCache(redis_url=settings.redis_url)  # what one worker has embedded, all know
         self._embeddings = AegisEmbeddings(cache=self._vectors)
         self.cache = AegisSemanticCache(
             embeddings=self._embeddings,

@@ -42,7 +42,7 @@ TENANTS, USERS = ("acme", "globex"), 50
 NEW_SHARE = 0.05  # of the questions: asked by nobody before
 TRIES = 4
 PATIENCE_S = 120.0
-ANSWERED = ("exact", "semantic", "model")
+ANSWERED = ("exact", "semantic", "model", "shared")
 
 
 class BrokenError(Exception):
@@ -54,7 +54,8 @@ class Report:
     """How the questions ended.
 
     Attributes:
-        ended: exact, semantic, model (answered by it), refused (a typed 503), or what must not be -> how many.
+        ended: exact, semantic (answered from the cache), model (by it), shared (from the cache, but not yet there when
+            it was asked for), refused (a typed 503), or what must not be -> how many.
         cached_ms: Times from question to the last word, of answers from the cache.
         cached_at: When each of these came, in seconds since the start.
         model_ms: The same of answers by the model.
@@ -188,6 +189,7 @@ class Load:
         self.report = Report()
         self._random = random.Random(seed)
         self._made: dict[tuple[str, str], set[str]] = {}  # tenant and topic -> answers that the model gave
+        self._kept: set[tuple[str, str]] = set()  # tenant and question: those that have an answer of their own
         self._count = 0
         self.began = time.monotonic()
 
@@ -219,6 +221,7 @@ class Load:
 
     async def _question(self, tenant: str, user: str, topic: str, question: str) -> None:
         began, report = time.monotonic(), self.report
+        was_there = (tenant, question) in self._kept, (tenant, topic) in self._kept
         for _ in range(TRIES):
             try:
                 async with asyncio.timeout(PATIENCE_S):
@@ -232,16 +235,21 @@ class Load:
                 break
         else:
             ending, answer, first_s = "lost", "", 0.0
+        if ending in ("model", "exact"):
+            self._kept.add((tenant, question))
+        if (ending == "exact" and not was_there[0]) or (ending == "semantic" and not any(was_there)):
+            ending = "shared"
         report.ended[ending] += 1
         took_ms = 1000 * (time.monotonic() - began)
         if ending == "model":
             report.model_ms.append(took_ms)
             self._made.setdefault((tenant, topic), set()).add(answer)
         elif ending in ANSWERED:
+            report.wrong += self._is_anothers(tenant, topic, answer)
+        if ending in ("exact", "semantic"):
             report.cached_ms.append(took_ms)
             report.first_ms.append(1000 * first_s)
             report.cached_at.append(self.now)
-            report.wrong += self._is_anothers(tenant, topic, answer)
 
     def _is_anothers(self, tenant: str, topic: str, answer: str) -> bool:
         """Whether an answer was made for another question of the tenant, and never for this one."""
@@ -259,6 +267,7 @@ class Load:
             )
             for (tenant, question), (_, answer, _) in zip(together, answers, strict=True):
                 self._made.setdefault((tenant, question), set()).add(answer)
+                self._kept.add((tenant, question))
 
     async def kill_worker(self) -> None:
         """Kill the worker that answers first, as the kernel does when memory is short."""
