@@ -12,13 +12,22 @@ STRICT := -W error -W ignore::langchain_core._api.beta_decorator.LangChainBetaWa
 # Whoever sets it would have every test rewritten in every worker of every run.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test test-slow test-lowest test-newest soak check bench-cache bench-growth lock clean
+.PHONY: install demo service service-load test test-slow test-lowest test-newest soak check bench-cache bench-growth lock clean
 
 install:
 	@sh tools/install.sh
 
 demo: install
 	@$(BIN)/python -m langchain_aegis demo
+
+# The example service on the embedded parts, http://127.0.0.1:8080; REDIS_URL and OLLAMA_BASE_URL name others.
+service: install
+	@$(BIN)/python examples/service/run.py $(ARGS)
+
+# The same under 200 clients for a minute, while a worker and Redis are killed; exit code 1 if any question ended in
+# anything but an answer or a typed 503. ARGS="--clients 50 --seconds 20 --json FILE" adds to the command line.
+service-load: install
+	@$(BIN)/python examples/service/load.py --start --kill-worker --restart-redis $(ARGS)
 
 test: install
 	@$(BIN)/python -m pytest $(STRICT) -n 2 --dist worksteal -m "not slow"

@@ -39,6 +39,7 @@ ANSWER_TOKENS = 128
 DEADLINE_S = 60.0  # of one question: nobody waits longer for a slot and an answer together
 DRAIN_S = 10.0
 RETRY_S = 5.0  # where nobody knows when the model server is back
+LOOKED_S = 1.0  # for so long it is believed what the model server said last
 
 
 class Asked(BaseModel):
@@ -81,7 +82,6 @@ class Service:
             embeddings=self._embeddings,
             require_tenant=True,
             share_within_tenant=True,  # the documents are the tenant's, so all of its users may have the same answer
-            lease_s=30,  # what several workers are asked at once, one of them answers
         )
         self.model = BatchingChatModel(
             ChatAegis(temperature=0, num_predict=ANSWER_TOKENS),
@@ -132,9 +132,9 @@ class Service:
         yield "end", {"cached": tier, "sources": sources, "ms": round(1000 * (time.monotonic() - began))}
 
     async def ready(self) -> bool:
-        """Whether the model server answers; asked at most once a second."""
+        """Whether the model server answers."""
         looked, is_ready = self._ready
-        if time.monotonic() - looked > 1:
+        if time.monotonic() - looked > LOOKED_S:
             try:
                 is_ready = (await self._http.get(f"{self.ollama_url}/api/version")).is_success
             except httpx.HTTPError:

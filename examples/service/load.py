@@ -13,6 +13,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -317,6 +318,13 @@ async def until_ready(service: Service, timeout_s: float = 180.0) -> None:
         await asyncio.sleep(0.25)
 
 
+def free_port() -> int:
+    """Return a port that nobody listens on now."""
+    with socket.socket() as tried:
+        tried.bind(("127.0.0.1", 0))
+        return int(tried.getsockname()[1])
+
+
 @contextlib.contextmanager
 def started(port: int, workers: int) -> Iterator[subprocess.Popen[bytes]]:
     """Run the service with a home of its own, whose Redis may be killed."""
@@ -349,7 +357,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 def main() -> int:
     """Run it and print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:8080")
+    parser.add_argument("--url", help="default: port 8080, or with --start any free one")
     parser.add_argument("--start", action="store_true", help="run the service too, with a home of its own")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--clients", type=int, default=200)
@@ -361,9 +369,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the figures there")
     given = parser.parse_args()
-    service = Service(given.url)
+    url = given.url or f"http://127.0.0.1:{free_port() if given.start else 8080}"
+    service = Service(url)
     load = Load(service, given.seconds, given.pause_s, given.seed)
-    with started(urlsplit(given.url).port or 80, given.workers) if given.start else contextlib.nullcontext():
+    with started(urlsplit(url).port or 80, given.workers) if given.start else contextlib.nullcontext():
 
         async def all_of_it() -> Report:
             await until_ready(service)
