@@ -99,7 +99,7 @@ def remember(engine: object, prompt: str, llm_string: str, who: Any, found: Any)
 
 def peek(engine: object, prompt: str, llm_string: str) -> Pending | None:
     """Return the last lookup of this prompt in this context, and leave it; None if there was none."""
-    return _pending.get().get((engine, prompt, llm_string))
+    return _pending.get().find((engine, prompt, llm_string))
 
 
 def recall(engine: object, prompt: str, llm_string: str) -> Pending | None:

@@ -251,7 +251,20 @@ def test_clients_get_an_answer_or_a_typed_503_while_a_worker_and_redis_are_kille
             "OLLAMA_BASE_URL": ollama.base_url, "OLLAMA_MODEL_GENERATION": "scripted",
             "OLLAMA_MODEL_EMBEDDINGS": "scripted-embed",
         }  # fmt: skip
-        told = "--start --workers 3 --clients 40 --seconds 12 --pause-s 1 --kill-worker --restart-redis --json".split()
+        told = [
+            "--start",
+            "--workers",
+            "3",
+            "--clients",
+            "40",
+            "--seconds",
+            "12",
+            "--pause-s",
+            "1",
+            "--kill-worker",
+            "--restart-redis",
+            "--json",
+        ]
         done = subprocess.run(
             [sys.executable, SERVICE / "load.py", *told, out],
             env=environment, capture_output=True, text=True, timeout=300, check=False,
