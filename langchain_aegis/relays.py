@@ -451,7 +451,7 @@ def relay_of(engine: Any, connections: Connections, pending: Any) -> Relay | Non
     follows = found.reasons == ("followed",)
     if not options.lease_ms or found.epochs is None or found.stale is not None or not (follows or found.fence):
         return None
-    stamp = found.epochs.stamp()
+    stamp = found.epochs.stamp
     return Relay(
         connections, engine.store.prefix, engine.keyring.seal, found.key.exact,
         f"{stamp} {found.asked.digest}" if found.asked.digest else stamp,
