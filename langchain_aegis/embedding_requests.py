@@ -23,7 +23,7 @@ from langchain_aegis.vectors import similarities
 Vector: TypeAlias = list[float]
 
 _HARMLESS = "a"  # what no embedder refuses, unless it refuses everything
-_COMPARED = 16  # with fewer numbers, different texts may well have the same ones
+_COMPARED = 32  # with fewer numbers, different texts may well have the same ones
 _SAME = 0.999
 
 
@@ -113,7 +113,7 @@ class _Search:
 def _check(texts: Sequence[str], vectors: Sequence[Vector]) -> Flow[None]:
     """Raise AegisBatchError unless there is one vector for each text.
 
-    Two texts that have the very same one are asked for again, each alone: if they differ then, one was returned twice
+    Where two texts have the very same one, both are asked for again, alone: if they differ then, one was returned twice
     in the place of another.
     """
     try:
@@ -122,17 +122,20 @@ def _check(texts: Sequence[str], vectors: Sequence[Vector]) -> Flow[None]:
         raise AegisBatchError(f"the embedder returned no vectors for {len(texts)} texts") from None
     if count != len(texts):
         raise AegisBatchError(f"the embedder returned {count} vectors for {len(texts)} texts")
-    for pair in _doubled(vectors):
-        alone: list[bytes] = []
-        for at in pair:
-            (vector,) = yield Embed([texts[at]])
-            alone.append(pack_unit(vector) or b"")
-        if all(alone) and not similarities(alone[0], alone[1:])[0] >= _SAME:
-            raise AegisBatchError(f"the embedder returned one vector twice, among {count}, for texts that differ")
+    alone: list[bytes] = []
+    for at in _doubled(vectors):
+        (vector,) = yield Embed([texts[at]])
+        alone.append(pack_unit(vector) or b"")
+    if alone and all(alone) and not similarities(alone[0], alone[1:])[0] >= _SAME:
+        raise AegisBatchError(f"the embedder returned one vector twice, among {count}, for texts that differ")
 
 
-def _doubled(vectors: Sequence[Vector]) -> list[tuple[int, int]]:
-    """Return pairs of places that hold the same vector; none if all of many do: that is what such an embedder says."""
+def _doubled(vectors: Sequence[Vector]) -> list[int]:
+    """Return two places that hold the same vector.
+
+    None if several vectors are there more than once, or the only one of many: an embedder that often says the same of
+    different texts is not asked again for each of them.
+    """
     try:
         if len(vectors) < 2 or len(vectors[0]) < _COMPARED:
             return []
@@ -140,7 +143,7 @@ def _doubled(vectors: Sequence[Vector]) -> list[tuple[int, int]]:
         same = [group for each in alike for group in _grouped(vectors, each, None)]
     except TypeError:  # whoever uses them will find out
         return []
-    return [] if same and len(same[0]) == len(vectors) > 2 else [(group[0], group[1]) for group in same]
+    return same[0][:2] if len(same) == 1 and (len(same[0]) < len(vectors) or len(vectors) == 2) else []
 
 
 def _grouped(vectors: Sequence[Vector], places: Iterable[int], most: int | None) -> list[list[int]]:

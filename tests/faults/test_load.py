@@ -350,6 +350,18 @@ async def test_texts_that_mean_the_same_to_an_embedder_may_have_the_same_vector(
     assert idle(wrapper)
 
 
+@pytest.mark.row(96)
+async def test_an_embedder_that_often_says_the_same_of_different_texts_is_not_asked_again():
+    class Short(Miscounting):
+        def embed_documents(self, texts):
+            self.requests.append(list(texts))
+            return [own_vector(len(text)) for text in texts]
+
+    wrapper = BatchingEmbeddings(Short(None))
+    await asyncio.gather(*(wrapper.aembed_query("x" * (i % 8 + 1) + str(i // 8)) for i in range(40)))
+    assert [len(texts) for texts in wrapper.inner.requests] == [40]
+
+
 @pytest.mark.row(97)
 async def test_who_finds_a_slot_free_is_not_kept_waiting_for_others():
     """One, sixteen and seventeen at once, and one after another: a window only orders those that wait anyway."""
