@@ -304,9 +304,10 @@ class _Requests:
     def _vectors(self, answer: dict[str, Any], texts: Sequence[str]) -> list[Vector]:
         """Return the vectors of an answer, checked: a wrong one would find wrong neighbours."""
         model, vectors = self.body["model"], answer.get("embeddings")
-        if not isinstance(vectors, list) or len(vectors) != len(texts):
-            sent = len(vectors) if isinstance(vectors, list) else "no"
-            raise AegisBatchError(f"{model} sent {sent} vectors for {len(texts)} texts")
+        if not isinstance(vectors, list):
+            raise AegisServerError(f"{model} sent no vectors for {len(texts)} texts")
+        if len(vectors) != len(texts):
+            raise AegisBatchError(f"{model} sent {len(vectors)} vectors for {len(texts)} texts")
         for vector in vectors:
             if not isinstance(vector, list) or not vector or len(vector) != len(vectors[0]):
                 raise AegisServerError(f"{model} sent vectors of different lengths, or empty ones")
