@@ -649,7 +649,8 @@ async def test_threads_and_tasks_that_share_one_generation_are_of_one_tenant(ser
 
     with server.hold():
         asked = [asyncio.create_task(ask(tenant)) for tenant in ("acme", "globex", "acme", "globex")]
-        await server.await_until(lambda server: server.waiting == 2)
+        # Two are with the server, and two have joined them.
+        await server.await_until(lambda server: server.waiting == shared.admission.stats().merged == 2)
     await asyncio.wait_for(asyncio.gather(*asked), DEADLINE_S)
     assert len(server.chats) == 2
 
