@@ -15,12 +15,17 @@ ROOT = Path(__file__).resolve().parent.parent
 GUIDES = {name: (ROOT / f"docs/{name}.md").read_text() for name in ("bench", "monitoring", "vllm")}
 
 
+def _anchor(heading):
+    """Return what a heading is linked by: GitHub leaves out what is no letter, digit or hyphen."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
 @pytest.mark.parametrize("name", GUIDES)
 def test_every_link_leads_somewhere(name):
     for target, _, part in re.findall(r"\]\((?!https?:)([^)#]*)(#([^)]+))?\)", GUIDES[name]):
         path = ROOT / "docs" / target if target else ROOT / f"docs/{name}.md"
         assert path.exists(), target
-        heads = {h.lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", path.read_text(), re.M)}
+        heads = {_anchor(h) for h in re.findall(r"^#+ (.+)$", path.read_text(), re.M)}
         assert not part or part in heads, part
     for path in re.findall(r"`((?:docker|tools|benchmarks|langchain_aegis)/[\w./-]+)`", GUIDES[name]):
         assert (ROOT / path).exists(), path
