@@ -399,7 +399,8 @@ LINES = [
 
 
 @pytest.fixture
-def ollama():
+def ollama(redis_url):
+    """A server with four models, beside a Redis that has evicted nothing: others before used the same one."""
     from langchain_aegis.testing import ScriptedModel, ScriptedOllama
 
     models = [
@@ -408,6 +409,8 @@ def ollama():
         ScriptedModel(name="bge-m3", embedding=True),
         ScriptedModel(name="all-minilm", embedding=True),
     ]
+    with redis.Redis.from_url(redis_url) as client:
+        client.config_resetstat()
     with ScriptedOllama(models) as server:
         yield server
 
