@@ -128,9 +128,8 @@ async def test_what_is_too_much_is_a_typed_503_with_the_time_to_come_back(told, 
         await asyncio.to_thread(wait_until, lambda: len(ollama.chats) == 2)
         refused = await ask(client, "Where are the printers?")
         assert refused.status_code == 503
-        assert int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"] == "AegisOverloadedError"
-        assert float(refused.json()["retry_after_s"]) > 0
+        assert int(refused.headers["retry-after"]) == refused.json()["retry_after_s"] >= 1
         assert end_of(await ask(client))["cached"] == "exact"  # what is known is answered however busy it is
         busy.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -251,22 +250,9 @@ def test_clients_get_an_answer_or_a_typed_503_while_a_worker_and_redis_are_kille
             "OLLAMA_BASE_URL": ollama.base_url, "OLLAMA_MODEL_GENERATION": "scripted",
             "OLLAMA_MODEL_EMBEDDINGS": "scripted-embed",
         }  # fmt: skip
-        told = [
-            "--start",
-            "--workers",
-            "3",
-            "--clients",
-            "40",
-            "--seconds",
-            "12",
-            "--pause-s",
-            "1",
-            "--kill-worker",
-            "--restart-redis",
-            "--json",
-        ]
+        told = ["--start", "--workers", "3", "--clients", "40", "--seconds", "12", "--pause-s", "1", "--kill-worker"]
         done = subprocess.run(
-            [sys.executable, SERVICE / "load.py", *told, out],
+            [sys.executable, SERVICE / "load.py", *told, "--restart-redis", "--json", out],
             env=environment, capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr

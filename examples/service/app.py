@@ -152,12 +152,12 @@ class Service:
 
 def refused(error: AegisError) -> JSONResponse:
     """Return a typed answer: 503 with the time to come back, or 400 for what will never work."""
-    body = {"error": type(error).__name__, "message": str(error)}
+    body: dict[str, Any] = {"error": type(error).__name__, "message": str(error)}
     if not (error.retryable or isinstance(error, AegisClosedError)):
         return JSONResponse(body, status_code=400)
     wait_s = error.retry_after_s if isinstance(error, AegisOverloadedError) else RETRY_S
-    body["retry_after_s"] = str(round(wait_s, 2))
-    return JSONResponse(body, status_code=503, headers={"retry-after": str(max(1, math.ceil(wait_s)))})
+    seconds = max(1, math.ceil(wait_s))  # the header knows whole ones
+    return JSONResponse(body | {"retry_after_s": seconds}, status_code=503, headers={"retry-after": str(seconds)})
 
 
 def create_app() -> FastAPI:

@@ -34,6 +34,9 @@ def main() -> None:
             environment["AEGIS_MAX_CONCURRENCY"] = str(max(1, SLOTS // given.workers))
         # A question before which so many of its worker wait is refused, with the time to come back.
         environment["AEGIS_MAX_WAITING"] = "8"
+        # The model has the same processors as the workers here, so that a look-up may be late. It is worth waiting for:
+        # the model takes seconds.
+        environment["AEGIS_OP_BUDGET_S"] = "1"
         os.environ.update({name: os.environ.get(name) or value for name, value in environment.items()})
         print(f"http://{given.host}:{given.port}: POST /ask; /docs, /healthz, /readyz, /metrics", file=sys.stderr)
         uvicorn.run(
