@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -63,6 +64,7 @@ class Report:
         first_ms: Times to the first word, of answers from the cache.
         asked_again: Questions whose connection broke.
         wrong: Answers that were made for another question.
+        misses: Why questions were not answered from the cache, as the workers count.
         said: What happened, with its time.
     """
 
@@ -73,6 +75,7 @@ class Report:
     first_ms: list[float] = field(default_factory=list)
     asked_again: int = 0
     wrong: int = 0
+    misses: dict[str, int] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
 
     @property
@@ -93,6 +96,7 @@ class Report:
             "cached_first_word_ms": _spread(self.first_ms),
             "model_ms": _spread(self.model_ms),
             "longest_without_a_cached_answer_s": round(max(gaps, default=0.0), 2),
+            "misses": self.misses,
             "said": self.said,
         }
 
@@ -110,9 +114,21 @@ class Service:
 
     async def get(self, path: str) -> tuple[int, dict[str, Any]]:
         """Return status and JSON of a path."""
+        status, body = await self._get(path)
+        return status, json.loads(_dechunked(body) or b"{}")
+
+    async def misses(self) -> dict[str, int]:
+        """Return why questions were not answered from the cache, and how often, by the workers that live."""
+        counted: Counter[str] = Counter()
+        for line in (await self._get("/metrics"))[1].decode().splitlines():
+            if found := re.match(r'aegis_cache_misses_total{.*reason="(\w+)".*} ([\d.e+]+)$', line):
+                counted[found[1]] += int(float(found[2]))
+        return {reason: n for reason, n in counted.most_common() if n}
+
+    async def _get(self, path: str) -> tuple[int, bytes]:
         async with self._asked(f"GET {path} HTTP/1.1\r\n", b"") as reader:
             status, _ = await _head(reader)
-            return status, json.loads(_dechunked(await reader.read()) or b"{}")
+            return status, await reader.read()
 
     async def ask(self, question: str, tenant: str, user: str) -> tuple[str, str, float]:
         """Return how a question ended, the answer, and the seconds to its first word. Raises BrokenError."""
@@ -378,7 +394,9 @@ def main() -> int:
             await until_ready(service)
             if not given.cold:
                 await load.warm()
-            return await run(load, given.clients, kill_worker=given.kill_worker, restart_redis=given.restart_redis)
+            report = await run(load, given.clients, kill_worker=given.kill_worker, restart_redis=given.restart_redis)
+            report.misses = await service.misses()
+            return report
 
         report = asyncio.run(all_of_it())
     figures = {"clients": given.clients, "seconds": given.seconds, "pause_s": given.pause_s,
