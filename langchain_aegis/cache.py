@@ -91,7 +91,8 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
             `get_or_generate` fails to make a new one; marked `stale`. Answers that are streamed are not.
         negative: Patterns, or a function of the answer's text, for answers that say that nothing was found.
         negative_ttl_s: How long such answers are kept, if others are not kept for a shorter time.
-        lease_s: For so long one process may make an answer while others wait for it; 0: each makes its own.
+        lease_s: For so long one process may make an answer while others wait for it, or are streamed it as it
+            comes; 0: as `AEGIS_LEASE_S` says, and without that each makes its own.
         lease_wait_s: How long a process waits for another's answer.
         repeats: A text that was answered by meaning and is asked again gets an answer of its own, which serves exact
             repeats from then on, so that a wrong hit is never served twice. "auto": if the stored question differs in
@@ -190,7 +191,7 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
             stale_if_error_s=stale_if_error_s,
             negative=negative,
             negative_ttl_s=negative_ttl_s,
-            lease_s=lease_s,
+            lease_s=self.settings.lease_s if lease_s == 0 else lease_s,
             lease_wait_s=lease_wait_s,
             repeats=repeats,
         )

@@ -7,6 +7,7 @@
     {ns}:{p00}:u:<tenant>             the entries of a tenant by last use, where their number is bounded (sorted set)
     {ns}:{p00}:t:<exact>              the clock before which no answer to this key may have been begun
     {ns}:{p00}:l:<exact>              number of the lease of this key; negative: given back
+    {ns}:{p00}:r:<exact>              what is passed on of an answer while it is made, see `relays` (stream)
     {ns}:{p00}:b:<exact>              what is known of this key and others: "x" reported wrong, else a score (hash)
     {ns}:{p00}:b                      the keys of which pairs are known (sorted set by time)
     {ns}:{p00}:trash:<mark>:<n>       what was invalidated and is still to be unlinked (sorted set)

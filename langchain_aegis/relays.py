@@ -53,11 +53,22 @@ _FIELDS: Final = ("content", "additional_kwargs", "response_metadata", "usage_me
 SEND: Final = """
 local stream, lease = KEYS[1], KEYS[2]
 local fence, lease_ms, living_ms = ARGV[1], tonumber(ARGV[2]), ARGV[3]
-local first, given_up = ARGV[4] == '1', ARGV[5] == '1'
+local cast, number, given_up = ARGV[4], tonumber(ARGV[5]), ARGV[6] == '1'
 local holder = redis.call('GET', lease)
 if holder ~= fence and holder ~= '-' .. fence then return 0 end
-if first then redis.call('DEL', stream) end
-for i = 6, #ARGV, 2 do redis.call('XADD', stream, '*', 'm', ARGV[i], 'd', ARGV[i + 1]) end
+-- It may have been asked before, and its answer not heard: what is there already is not written again.
+local head, there = redis.call('XRANGE', stream, '-', '+', 'COUNT', 1)[1], 0
+if head and head[2][2] == cast then
+  there = redis.call('XLEN', stream)
+elseif number > 0 then
+  return 0
+else
+  redis.call('DEL', stream)
+end
+for i = 7, #ARGV, 2 do
+  if number >= there then redis.call('XADD', stream, '*', 'c', cast, 'm', ARGV[i], 'd', ARGV[i + 1]) end
+  number = number + 1
+end
 redis.call('PEXPIRE', stream, living_ms)
 if holder == fence then
   if given_up then
@@ -328,7 +339,7 @@ class _Cast:
         self._connections = connections
         self._names = names
         self._fence, self._lease_ms = fence, lease_ms
-        self._began = False
+        self._written = 0
         self._bytes = 0
         self._since_s: float | None = None  # Redis has been away
 
@@ -348,7 +359,7 @@ class _Cast:
         living_ms = _READ_AFTER_MS if over else _LIVING_MS
         told = [part for piece in pieces for part in piece]
         command = (
-            "EVAL", SEND, 2, *self._names, self._fence, self._lease_ms, living_ms, int(not self._began),
+            "EVAL", SEND, 2, *self._names, self._fence, self._lease_ms, living_ms, self.name, self._written,
             int(over and self.given_up), *told,
         )  # fmt: skip
         try:
@@ -358,7 +369,8 @@ class _Cast:
             self._since_s = now_s if self._since_s is None else self._since_s
             self.due_s = now_s + _AGAIN_S
             return now_s - self._since_s < _LIVING_MS / 1000
-        self._since_s, self._began = None, True
+        self._since_s = None
+        self._written += len(pieces)
         for _ in pieces:
             self.pending.popleft()
         self.due_s = time.monotonic() + _BEAT_S
@@ -448,8 +460,8 @@ def _revived(told: dict[str, Any]) -> ChatGenerationChunk:
 def relay_of(engine: Any, connections: Connections, pending: Any) -> Relay | None:
     """Return the part of a lookup that missed in passing its answer on; None if it has none."""
     options, found = engine.options, pending.found
-    follows = found.reasons == ("followed",)
-    if not options.lease_ms or found.epochs is None or found.stale is not None or not (follows or found.fence):
+    shared = found.reasons == ("followed",) or found.fence
+    if not options.lease_ms or options.dry_run or not shared or found.epochs is None or found.stale is not None:
         return None
     stamp = found.epochs.stamp
     return Relay(

@@ -64,6 +64,7 @@ class AegisSettings:
     embed_budget_s: float = 1.0
     max_entry_bytes: int = 1_048_576
     local_tier_bytes: int = 0  # 0: no local tier
+    lease_s: float = 0.0  # so long one process may make an answer for all; 0: each makes its own
     tenant_key: str | None = "tenant_id"  # name of the tenant in a run's `configurable`
     user_key: str | None = "user_id"
 
@@ -91,7 +92,7 @@ class AegisSettings:
                 raise _config_error(f"{name} must be above 0, got {getattr(self, name)!r}")
         if self.vllm_max_num_seqs is not None and not self.vllm_max_num_seqs > 0:
             raise _config_error(f"vllm_max_num_seqs must be above 0, got {self.vllm_max_num_seqs!r}")
-        for name in ("max_waiting", "window_ms", "local_tier_bytes"):
+        for name in ("max_waiting", "window_ms", "local_tier_bytes", "lease_s"):
             if not getattr(self, name) >= 0:
                 raise _config_error(f"{name} must be 0 or more, got {getattr(self, name)!r}")
         if not 1 <= self.slot_lease_s <= 60:  # shorter, a busy machine would lose what it uses
@@ -258,7 +259,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "ollama_base_url": normalise_base_url,
     "vllm_base_url": _vllm_url,
     **dict.fromkeys(("connect_timeout_s", "read_timeout_s", "deadline_s", "op_budget_s", "embed_budget_s",
-                     "window_ms", "slot_lease_s"), float),
+                     "window_ms", "slot_lease_s", "lease_s"), float),
     **dict.fromkeys(("ttl_s", "max_entry_bytes", "local_tier_bytes", "max_concurrency", "max_waiting",
                      "max_batch", "vllm_max_num_seqs"), int),
     "cache_enabled": _bool,

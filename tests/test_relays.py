@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import orjson
 import pytest
 import redis
-from conftest import running_redis, wait_until
+from conftest import running_redis, short_directory, wait_until
+from faults.redis_process import RedisProcess
 from langchain_core.messages import AIMessageChunk, HumanMessage
 from langchain_core.outputs import ChatGenerationChunk
 
@@ -259,8 +260,8 @@ def test_a_process_that_dies_is_silent_and_then_another_one_makes_it(processes, 
     other = processes()
     dead = processes()
     relay = leading(dead, other)
-    relay._cast.write()
-    relay._cast.over = True  # it says nothing more: the thread that would has died with it
+    wait_until(lambda: streams(client, processes.namespace))
+    relay._cast.write = lambda: False  # it says nothing more: the thread that would has died with it
     began_s = time.monotonic()
     late = Reader(other.model)
     assert late.end()
@@ -467,6 +468,44 @@ def test_without_a_lease_nothing_is_passed_on(processes, ollama, client):
     one = processes(lease_s=0)
     assert Reader(one.model).end()
     assert streams(client, processes.namespace) == []
+
+
+def test_a_dry_run_follows_nobody(processes, ollama, client):
+    leader, dry = processes(), processes(dry_run=True)
+    first = Reader(leader.model)
+    begun(client, processes.namespace)
+    late = Reader(dry.model)
+    ollama.wait_until(lambda server: len(server.chats) == 2)
+    assert first.end() == late.end()
+
+
+@pytest.mark.parametrize("batching", [False, True])
+def test_who_asks_for_a_fresh_answer_or_none_of_the_cache_follows_nobody(processes, ollama, client, batching):
+    leader, other = processes(batching), processes(batching)
+    first = Reader(leader.model)
+    begun(client, processes.namespace)
+    for how in ("off", "refresh"):
+        with aegis_scope(cache=how):
+            assert "".join(c.text for c in other.model.stream(ASKED))
+    assert first.end()
+    assert len(ollama.chats) == 3
+
+
+@pytest.mark.slow
+def test_a_redis_that_is_away_for_a_moment_does_not_end_a_stream(ollama, tmp_path):
+    """Who reads goes on where he was; who writes has kept what came meanwhile."""
+    with short_directory() as path, RedisProcess(path, search=False) as own:
+        leader, other = (Process(ollama, own.url, "r", False, op_budget_s=0.1) for _ in range(2))
+        first = Reader(leader.model)
+        begun(own.client, "r")
+        late = Reader(other.model)
+        wait_until(lambda: late.chunks)
+        with own.frozen():
+            time.sleep(0.3)
+        assert late.end() == first.end()
+        assert len(ollama.chats) == 1
+        for process in (leader, other):
+            process.cache.close()
 
 
 def test_a_redis_that_goes_away_costs_whoever_leads_nothing(ollama):

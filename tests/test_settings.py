@@ -32,6 +32,7 @@ EXAMPLES = {
     "embed_budget_s": ("0.5", 0.5),
     "max_entry_bytes": ("4096", 4096),
     "local_tier_bytes": ("65536", 65536),
+    "lease_s": ("60", 60.0),
     "tenant_key": ("org", "org"),
     "user_key": ("member", "member"),
     "max_concurrency": ("2", 2),

@@ -198,22 +198,52 @@ asyncio.run(main())
 """
 
 
+def askers(env, processes, callers):
+    """Start processes of so many callers each, ready to ask."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", ASKER, str(callers)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env=env,
+        )
+        for _ in range(processes)
+    ]  # fmt: skip
+    for process in started:
+        assert process.stdout.readline() == "ready\n"
+    return started
+
+
+def go(*processes):
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+
+
+@pytest.mark.slow
+def test_when_the_process_that_makes_the_answer_is_killed_another_one_makes_it(redis_url):
+    with ScriptedOllama("m", slots=4, words=24) as server:
+        leader, *others = askers(environment(redis_url, server), 4, 5)
+        with server.hold():  # nothing has come of it yet
+            go(leader)
+            server.wait_until(lambda server: len(server.chats) == 1, timeout_s=30)
+            go(*others)
+            time.sleep(1)
+            assert len(server.chats) == 1
+            leader.kill()
+            server.wait_until(lambda server: len(server.chats) == 2, timeout_s=30)
+        told = [process.communicate(timeout=60)[0] for process in others]
+        assert [process.returncode for process in others] == [0] * 3
+        rows = [line.split() for text in told for line in text.splitlines()]
+        assert len(rows) == 15
+        assert len({digest for *_, digest in rows}) == 1
+        assert len(server.chats) == 2
+        leader.communicate(timeout=10)
+
+
 @pytest.mark.slow
 def test_eight_processes_with_four_hundred_identical_calls_make_one_that_is_streamed_to_all(redis_url):
     with ScriptedOllama("m", slots=4, tokens_per_s=8, words=24) as server:
-        env = environment(redis_url, server)
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-W", "error", "-c", ASKER, "50"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                text=True, env=env,
-            )
-            for _ in range(8)
-        ]  # fmt: skip
-        for process in processes:
-            assert process.stdout.readline() == "ready\n"
-        for process in processes:
-            process.stdin.write("\n")
-            process.stdin.flush()
+        processes = askers(environment(redis_url, server), 8, 50)
+        go(*processes)
         told = [process.communicate(timeout=60)[0] for process in processes]
         assert [process.returncode for process in processes] == [0] * 8
         rows = [line.split() for text in told for line in text.splitlines()]
