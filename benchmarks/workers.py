@@ -1,8 +1,8 @@
-"""Measure what sharing slots between processes costs, and write it into docs/workers.md.
+"""Measure what sharing slots and answers between processes costs, and write it into docs/workers.md.
 
 python benchmarks/workers.py [--write]
 
-Takes about a minute. The server is the scripted one, in this process, with 4 slots and answers of 0.3 s.
+Takes two minutes. The server is the scripted one, in this process, with 4 slots and answers of 0.3 s.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import redis
 
-from langchain_aegis import BatchingChatModel, ChatAegis
+from langchain_aegis import AegisSemanticCache, BatchingChatModel, ChatAegis
 from langchain_aegis.embedded import EmbeddedRedis
 from langchain_aegis.servers import admission_for
 from langchain_aegis.slot_scripts import names_of
@@ -85,13 +85,21 @@ def one_call(url: str) -> list[tuple[str, str, str]]:
 class Process:
     """One worker: a process of this file."""
 
-    def __init__(self, callers: int, told: dict[str, str]) -> None:
+    def __init__(self, callers: int, told: dict[str, str], *how: str) -> None:
         self.answers: list[float] = []
         self.worker = b""  # its name where slots are counted
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--callers", str(callers)],
+            [sys.executable, __file__, "--callers", str(callers), *how],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **told},
         )  # fmt: skip
+
+    def go(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def told_at_the_end(self) -> list[str]:
+        return self.process.communicate()[0].splitlines()
 
     def start(self, until_s: float) -> None:
         assert self.process.stdin is not None
@@ -170,6 +178,50 @@ def many(url: str) -> list[tuple[str, str, str]]:
         ]
 
 
+def identical(url: str) -> list[tuple[str, str, str]]:
+    """Let all processes stream the same at the same time."""
+    rows: list[tuple[str, str, str]] = []
+    beside = ""
+    for processes, callers, lease_s in ((1, 1, "0"), (PROCESSES, 50, "0"), (PROCESSES, 50, "60")):
+        with ScriptedOllama("m", slots=4, tokens_per_s=8, words=24) as server:
+            told = {
+                "OLLAMA_BASE_URL": server.base_url, "AEGIS_NAMESPACE": f"i{lease_s}{processes}",
+                "AEGIS_SHARED_SLOTS": "1", "AEGIS_LEASE_S": lease_s,
+            }  # fmt: skip
+            started = [Process(callers, told, "--same") for _ in range(processes)]
+            for each in started:
+                assert each.process.stdout is not None
+                each.process.stdout.readline()
+            began_s = time.time()
+            for each in started:
+                each.go()
+            pairs = [line.split() for each in started for line in each.told_at_the_end()]
+            first, last = (max(float(pair[i]) for pair in pairs) - began_s for i in (0, 1))
+            calls = f"{len(server.chats)} call{'s' * (len(server.chats) > 1)} of the model"
+            text = f"{calls}; everybody's first piece after {first:.1f} s, all after {last:.1f} s"
+            if processes == 1:
+                beside = f"one caller alone: first piece after {first:.1f} s, all after {last:.1f} s"
+            else:
+                shared = "with" if lease_s != "0" else "without"
+                what = f"{processes} processes, {len(pairs)} identical streams, {shared} `AEGIS_LEASE_S`"
+                rows.append((what, text, beside))
+    return rows
+
+
+async def same(callers: int) -> None:
+    cache = AegisSemanticCache(op_budget_s=2)
+    model = BatchingChatModel(ChatAegis("m", temperature=0, cache=cache), cache=cache, max_waiting=1000)
+
+    async def caller() -> None:
+        times = [time.time() async for _ in model.astream("How long may I keep a book at home?")]
+        print(times[0], times[-1], flush=True)
+
+    await cache.alookup("warm up", "x")
+    print("ready -", flush=True)
+    sys.stdin.readline()
+    await asyncio.gather(*(caller() for _ in range(callers)))
+
+
 async def worker(callers: int) -> None:
     model = BatchingChatModel(ChatAegis("m", temperature=0.5), max_concurrency=4)
 
@@ -190,13 +242,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="put the table into docs/workers.md")
     parser.add_argument("--callers", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--same", action="store_true", help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.callers:
-        asyncio.run(worker(told.callers))
+        asyncio.run((same if told.same else worker)(told.callers))
         return
     with EmbeddedRedis(shared=False, search=False) as server:
         os.environ.update(AEGIS_REDIS_URL=server.url, AEGIS_NAMESPACE="b")
-        rows = [*one_call(server.url), *many(server.url)]
+        rows = [*one_call(server.url), *many(server.url), *identical(server.url)]
     table = "\n".join(["| Measured | Result | Beside |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)])
     print(table)
     if told.write:
