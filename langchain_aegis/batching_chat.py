@@ -55,9 +55,8 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
 
     Args:
         inner: The model. All wrappers of one server share its bounds; the smallest that any of them asks for wins.
-        max_concurrency: Most calls under way at the server. A streaming call counts until its stream ends. Where
-            nobody says: of a server on OpenAI's wire what `AEGIS_VLLM_MAX_NUM_SEQS` or, from its first call on, the
-            server says, else 4.
+        max_concurrency: Most calls under way at the server; a stream counts until it ends. Default: what a server on
+            OpenAI's wire says (`AEGIS_VLLM_MAX_NUM_SEQS`), else 4.
         max_waiting: Most calls that wait; callers that share a call, and items of batches, do not count.
         window_ms: 0: waiting calls run first come, first served (fair between tenants). Else those that share a long
             prefix, a model and runner options are put next to each other while all slots are busy; nothing is ever
@@ -95,12 +94,10 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
     @cached_property
     def admission(self) -> Admission:
         """The slots and the queue; shared with every other user of the same server. For `stats()` and `drain()`."""
-        told = self.model_fields_set
-        return admission_of(
-            self.inner,
-            max_concurrency=self.max_concurrency if "max_concurrency" in told else told_bound(self.inner),
-            max_waiting=self.max_waiting if "max_waiting" in told else None,
-        )
+        told, inner = self.model_fields_set, self.inner
+        most = self.max_concurrency if "max_concurrency" in told else told_bound(inner)
+        waiting = self.max_waiting if "max_waiting" in told else None
+        return admission_of(inner, max_concurrency=most, max_waiting=waiting)
 
     # Entry points: take a place before LangChain does anything.
 
