@@ -15,6 +15,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import redis
 from caches import Driver, Words
 
 import langchain_aegis.embedded  # noqa: F401 - sets the environment of OpenMP and onnxruntime before they are loaded
@@ -151,6 +152,8 @@ def running_redis(kind):
 def redis_url(_clean_environment):
     """Address of a private server with search; shared by the session, so use a namespace of your own."""
     with running_redis("valkey+search") as server:
+        with redis.Redis.from_url(server.url) as client:
+            client.config_set("maxmemory", "8gb")  # some hundred indexes remain: none evicts what the next test stores
         yield server.url
 
 
