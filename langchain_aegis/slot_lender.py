@@ -221,7 +221,7 @@ class SlotLender:
                     self._turn(link, share)
                 due_s = min(due_s, 0.0 if share.changed else share.due_s)
             while link.pushed:
-                self._given(link.pushed.popleft().decode())
+                self._given(link.pushed.popleft().decode(errors="replace"))
                 due_s = 0.0
             link.wait(due_s - time.monotonic())
             self._hear()
