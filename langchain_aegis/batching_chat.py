@@ -28,7 +28,7 @@ from langchain_aegis.forwarding import ForwardingChatModel
 from langchain_aegis.kept_streams import KeptStream, may_look_up
 from langchain_aegis.late_messages import LateMessages
 from langchain_aegis.merging import chat_flights, key_of, reads_tokens
-from langchain_aegis.own_bounds import learning, told_bound
+from langchain_aegis.own_bounds import learning, server_on_openai_wire, told_bound
 from langchain_aegis.prefixes import prefix_of, traits_of_chat
 from langchain_aegis.replays import StreamEntry, consulted_by_core
 from langchain_aegis.scope import ReadAnywhere, current, read_anywhere, seen_config
@@ -98,6 +98,11 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
         most = self.max_concurrency if "max_concurrency" in told else told_bound(inner)
         waiting = self.max_waiting if "max_waiting" in told else None
         return admission_of(inner, max_concurrency=most, max_waiting=waiting)
+
+    @cached_property
+    def _learns_from(self) -> str | None:
+        """The server that may tell how many calls it runs at once, where nobody said so here."""
+        return None if "max_concurrency" in self.model_fields_set else server_on_openai_wire(self.inner)
 
     # Entry points: take a place before LangChain does anything.
 
@@ -337,8 +342,8 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
         self, wait: Wait, prompt: LanguageModelInput, kwargs: Mapping[str, Any], *,
         config: RunnableConfig | None = None, **how: Any,
     ) -> Entry[ChatResult]:  # fmt: skip
-        if "max_concurrency" not in self.model_fields_set:
-            learning.look(self.inner)
+        if self._learns_from is not None:
+            learning.look(self._learns_from, self.inner)
         text = prompt if isinstance(prompt, str) else LateMessages(self, prompt)
         if config:
             with seen_config(config):

@@ -7,6 +7,7 @@ thread, so that no call waits for that. Until it is known there are as many slot
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import time
 from typing import Any
@@ -17,6 +18,7 @@ from langchain_aegis.openai_servers import root_of, slots_of
 from langchain_aegis.servers import addresses_of, admission_for, server_of
 from langchain_aegis.settings import AegisSettings
 
+_HOSTED = r"//([^/]*\.)?openai\.(com|azure\.com)(:\d+)?(/|$)"  # nobody's own slots
 _AGAIN_S = 60.0  # after so long, a server that did not answer, or not tell, is asked again
 
 
@@ -26,7 +28,7 @@ def told_bound(inner: object) -> int | None:
     None if they do not say, and for every other model. `AEGIS_VLLM_BASE_URL` says for which server they are; without
     it they are for every server that such a model names.
     """
-    server = _server(inner)
+    server = server_on_openai_wire(inner)
     if server is None:
         return None
     settings = AegisSettings.from_env()
@@ -46,10 +48,14 @@ class _Learning:
         self._lock = threading.Lock()
         self._next: dict[str, float] = {}  # server -> when it may be asked
 
-    def look(self, inner: object) -> None:
-        """Have a model's server asked, if it is on OpenAI's wire and was not asked yet; never waits, never fails."""
-        server = _server(inner)
-        if server is None or time.monotonic() < self._next.get(server, 0.0):
+    def look(self, server: str, inner: object) -> None:
+        """Have a model's server asked, unless it was asked a short time ago; never waits, never fails.
+
+        Args:
+            server: Its address, as `server_on_openai_wire` returns it.
+            inner: The model, for its key.
+        """
+        if time.monotonic() < self._next.get(server, 0.0):
             return
         with self._lock:
             if time.monotonic() < self._next.get(server, 0.0):
@@ -70,14 +76,15 @@ class _Learning:
 learning = _Learning()
 
 
-def _server(inner: object) -> str | None:
-    """Return the address of a model on OpenAI's wire that names its server; None for any other."""
+def server_on_openai_wire(inner: object) -> str | None:
+    """Return the address of a model on OpenAI's wire that names its server; None for any other, and for OpenAI's own."""
     if not hasattr(inner, "openai_api_base") or addresses_of(inner):
         return None
     try:
-        return server_of(inner)
+        server = server_of(inner)
     except AegisConfigError:
         return None
+    return None if server is None or re.search(_HOSTED, server) else server
 
 
 def _key(inner: Any) -> str | None:

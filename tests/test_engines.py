@@ -25,7 +25,7 @@ from langchain_aegis import (
 from langchain_aegis.embedding_cache import AegisEmbeddingCache
 from langchain_aegis.notices import forget_warnings
 from langchain_aegis.openai_servers import ask, read_metrics, root_of, slots_of
-from langchain_aegis.own_bounds import learning
+from langchain_aegis.own_bounds import learning, server_on_openai_wire
 from langchain_aegis.servers import server_of
 from langchain_aegis.writes import the_writer
 
@@ -148,6 +148,17 @@ def test_the_setting_is_for_the_server_that_is_meant(server, monkeypatch):
     monkeypatch.setenv("VLLM_BASE_URL", server.root)
     assert BatchingChatModel(chat(server)).admission.max_concurrency == 12
     assert BatchingChatModel(ChatAegis("m", base_url="http://127.0.0.1:2")).admission.max_concurrency == 4
+
+
+@pytest.mark.parametrize(
+    ("address", "own"),
+    [
+        ("https://api.openai.com/v1", False), ("https://x.openai.azure.com/openai/v1", False),
+        ("http://127.0.0.1:8000/v1", True), ("https://gateway.example/v1", True), ("http://openai.com.example/v1", True),
+    ],
+)  # fmt: skip
+def test_a_hosted_service_is_asked_for_nothing(address, own):
+    assert (server_on_openai_wire(chat(address)) is not None) is own
 
 
 async def test_the_smallest_bound_that_anybody_asks_for_wins_over_what_the_server_tells():
