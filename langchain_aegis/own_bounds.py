@@ -77,7 +77,7 @@ learning = _Learning()
 
 
 def server_on_openai_wire(inner: object) -> str | None:
-    """Return the address of a model on OpenAI's wire that names its server; None for any other, and for OpenAI's own."""
+    """Return the address of a model on OpenAI's wire that names a server; None for any other, and for OpenAI's own."""
     if not hasattr(inner, "openai_api_base") or addresses_of(inner):
         return None
     try:

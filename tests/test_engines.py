@@ -154,7 +154,8 @@ def test_the_setting_is_for_the_server_that_is_meant(server, monkeypatch):
     ("address", "own"),
     [
         ("https://api.openai.com/v1", False), ("https://x.openai.azure.com/openai/v1", False),
-        ("http://127.0.0.1:8000/v1", True), ("https://gateway.example/v1", True), ("http://openai.com.example/v1", True),
+        ("http://127.0.0.1:8000/v1", True), ("https://gateway.example/v1", True),
+        ("http://openai.com.example/v1", True),
     ],
 )  # fmt: skip
 def test_a_hosted_service_is_asked_for_nothing(address, own):
