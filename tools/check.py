@@ -17,6 +17,7 @@ STEPS = {
     "format": ["-m", "ruff", "format", "--check", "."],
     "types": ["-m", "mypy"],
     "types of examples that are not run": ["-m", "mypy", "examples/ray_serve_llm.py"],
+    "types of the example service": ["-m", "mypy", "--explicit-package-bases", "examples/service"],
     "structure": ["-m", "pytest", "tests/test_architecture.py", "tests/test_compose.py"],
 }
 
