@@ -31,8 +31,10 @@ class Metrics:
 
     async def __aenter__(self) -> Self:
         """Serve this worker's page to the others."""
+        # Where that cannot be, for one because the path is too long for a socket, a page shows one worker.
         if self._folder:
-            self._server = await asyncio.start_unix_server(self._serve, self._path(os.getpid()))
+            with contextlib.suppress(OSError):
+                self._server = await asyncio.start_unix_server(self._serve, self._path(os.getpid()))
         return self
 
     async def __aexit__(
