@@ -28,7 +28,7 @@ from langchain_aegis.forwarding import ForwardingChatModel
 from langchain_aegis.kept_streams import KeptStream, may_look_up
 from langchain_aegis.late_messages import LateMessages
 from langchain_aegis.merging import chat_flights, key_of, reads_tokens
-from langchain_aegis.own_bounds import learning, server_on_openai_wire, told_bound
+from langchain_aegis.own_bounds import asked_bounds, learning, server_on_openai_wire
 from langchain_aegis.prefixes import prefix_of, traits_of_chat
 from langchain_aegis.replays import StreamEntry, consulted_by_core
 from langchain_aegis.scope import ReadAnywhere, current, read_anywhere, seen_config
@@ -55,16 +55,14 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
 
     Args:
         inner: The model. All wrappers of one server share its bounds; the smallest that any of them asks for wins.
-        max_concurrency: Most calls under way at the server; a stream counts until it ends. Default: what a server on
-            OpenAI's wire says (`AEGIS_VLLM_MAX_NUM_SEQS`), else 4.
+        max_concurrency: Most calls under way at the server; a stream counts until it ends. Default: what it says, or 4.
         max_waiting: Most calls that wait; callers that share a call, and items of batches, do not count.
         window_ms: 0: waiting calls run first come, first served (fair between tenants). Else those that share a long
             prefix, a model and runner options are put next to each other while all slots are busy; nothing is ever
             held back while a slot is free, and no call is overtaken for longer than this, twice a service time, or
             2 s, whichever is longest (half as long again, loads not counted, where the server is saved one). In
             milliseconds; default `BATCH_WINDOW_MS`, else 50.
-        max_batch: Most calls of one such group in a row while others wait; also how many items of a `.batch` wait in
-            the queue.
+        max_batch: Most calls of one such group in a row while others wait, and items of a `.batch` in the queue.
         deadline_s: Seconds after which a caller gets `AegisDeadlineError`. A synchronous request that has been sent
             cannot be stopped; it keeps its slot until the model answers.
 
@@ -94,10 +92,7 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
     @cached_property
     def admission(self) -> Admission:
         """The slots and the queue; shared with every other user of the same server. For `stats()` and `drain()`."""
-        told, inner = self.model_fields_set, self.inner
-        most = self.max_concurrency if "max_concurrency" in told else told_bound(inner)
-        waiting = self.max_waiting if "max_waiting" in told else None
-        return admission_of(inner, max_concurrency=most, max_waiting=waiting)
+        return admission_of(self.inner, **asked_bounds(self))
 
     @cached_property
     def _learns_from(self) -> str | None:

@@ -36,6 +36,15 @@ def told_bound(inner: object) -> int | None:
     return settings.vllm_max_num_seqs if meant is None or root_of(meant) == root_of(server) else None
 
 
+def asked_bounds(model: Any) -> dict[str, int | None]:
+    """Return the bounds that a wrapper around a model asks for, as arguments of `admission_of`."""
+    told = model.model_fields_set
+    return {
+        "max_concurrency": model.max_concurrency if "max_concurrency" in told else told_bound(model.inner),
+        "max_waiting": model.max_waiting if "max_waiting" in told else None,
+    }
+
+
 class _Learning:
     """What the servers tell; there is one."""
 
