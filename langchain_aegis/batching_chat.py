@@ -260,10 +260,8 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
         given = {} if run_manager is None else {"run_manager": run_manager}
         kept, scope = self._kept(messages, stop, kwargs), current()
         if kept is not None:
-            chunk = None
-            for chunk in kept.found():
-                yield chunk
-            if chunk is not None:
+            yield from kept.found()
+            if kept.answered:
                 return
         entry = self._claim(messages, stop, kwargs, streams=True, blocking=True, kept=kept)
 
@@ -287,10 +285,10 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
             for chunk in chunks:
                 if entry.shares and run_manager:
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                if kept is not None:
-                    kept.add(chunk)
                 note_if_cut(chunk)
-                yield chunk
+                piece = chunk if kept is None else kept.add(chunk)
+                if piece is not None:
+                    yield piece
             if kept is not None:
                 kept.store()
 
@@ -301,11 +299,10 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
         given = {} if run_manager is None else {"run_manager": run_manager}
         kept, scope = self._kept(messages, stop, kwargs), current()
         if kept is not None:
-            chunk = None
             async with contextlib.aclosing(kept.afound()) as answer:
                 async for chunk in answer:
                     yield chunk
-            if chunk is not None:
+            if kept.answered:
                 return
         entry = self._claim(messages, stop, kwargs, streams=True, kept=kept)
 
@@ -326,10 +323,10 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
                 async for chunk in chunks:
                     if entry.shares and run_manager:
                         await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                    if kept is not None:
-                        kept.add(chunk)
                     note_if_cut(chunk)
-                    yield chunk
+                    piece = chunk if kept is None else kept.add(chunk)
+                    if piece is not None:
+                        yield piece
             if kept is not None:
                 await kept.astore()
 

@@ -351,11 +351,10 @@ class ChatAegis(CachedChat):
     ) -> Iterator[ChatGenerationChunk]:
         call = self._call(stop, arguments)
         entry = self._entry(messages, call)
-        chunk = None
-        for chunk in found(entry) if entry else ():
-            yield chunk
-        if chunk is not None:
-            return
+        if entry:
+            yield from found(entry)
+            if entry.answered:
+                return
         whole = Whole()
         with entry or contextlib.nullcontext():
             for part in self._way(call, messages).parts():
@@ -363,7 +362,8 @@ class ChatAegis(CachedChat):
                 if entry:
                     whole.add(part)
                     entry.send(chunk)
-                yield chunk
+                if (rest := entry.rest(chunk) if entry else chunk) is not None:
+                    yield rest
             # Reached only when the consumer took all of it, and the server said that it was all.
             if entry and (complete := whole.part()):
                 entry.store(self._storable(complete, call))
@@ -374,11 +374,10 @@ class ChatAegis(CachedChat):
         call = self._call(stop, arguments)
         entry = self._entry(messages, call)
         if entry:
-            chunk = None
             async with contextlib.aclosing(afound(entry)) as answer:
                 async for chunk in answer:
                     yield chunk
-            if chunk is not None:
+            if entry.answered:
                 return
         whole = Whole()
         with entry or contextlib.nullcontext():
@@ -388,7 +387,8 @@ class ChatAegis(CachedChat):
                     if entry:
                         whole.add(part)
                         entry.send(chunk)
-                    yield chunk
+                    if (rest := entry.rest(chunk) if entry else chunk) is not None:
+                        yield rest
             if entry and (complete := whole.part()):
                 await entry.astore(self._storable(complete, call))
 

@@ -78,12 +78,17 @@ class KeptStream:
         return self._entry._context.run(last_lookup)
 
     def found(self) -> Iterator[ChatGenerationChunk]:
-        """Yield the answer that is kept, or that another process makes; none: this call has to make it."""
+        """Yield the answer that is kept, or that another process makes; unless `answered`, this call has to make it."""
         return found(self._entry, self._deadline)
 
     def afound(self) -> AsyncGenerator[ChatGenerationChunk]:
         """Do what `found` does, without blocking the event loop."""
         return afound(self._entry, self._deadline)
+
+    @property
+    def answered(self) -> bool:
+        """Whether what `found` has given was all."""
+        return self._entry.answered
 
     def __enter__(self) -> Self:
         return self
@@ -91,10 +96,11 @@ class KeptStream:
     def __exit__(self, *_: object) -> None:
         self._entry.leave()  # who waits for the rest elsewhere need not any longer, unless it was stored
 
-    def add(self, chunk: ChatGenerationChunk) -> None:
-        """Take the next chunk."""
+    def add(self, chunk: ChatGenerationChunk) -> ChatGenerationChunk | None:
+        """Take the next chunk; return what of it was not given already."""
         self._entry.send(chunk)
         self._chunks.append(twin_of_chunk(chunk, False))
+        return self._entry.rest(chunk)
 
     def store(self) -> None:
         """Keep the answer; to be called when its end has come."""

@@ -24,6 +24,7 @@ from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk
 
 from langchain_aegis.cut_answers import rests_on_a_part
+from langchain_aegis.errors import AegisStreamError
 from langchain_aegis.notices import warn_once
 from langchain_aegis.scope import seen_config
 from langchain_aegis.stamps import following
@@ -68,6 +69,9 @@ class StreamEntry:
         self._config = config
         self._context = copy_context()
         self.relay: Any = None  # what passes the answer on between processes, after a lookup that missed
+        self.answered = False  # all of an answer was given, and the model need not be asked
+        self._given = ""  # of an answer that broke off before
+        self._left = ""  # of that, what has not come again
 
     @staticmethod
     def applies(model: object) -> bool:
@@ -116,6 +120,43 @@ class StreamEntry:
         """Pass a piece of the answer on to other processes that wait for it, if there may be any."""
         if self.relay is not None:
             self.relay.send(chunk)
+
+    def broke_off(self, given: Sequence[ChatGenerationChunk], why: Exception) -> None:
+        """Note that an answer broke off of which these pieces were given: `rest` leaves them out of the next one.
+
+        Raises:
+            AegisStreamError: They are not text alone: nobody could say whether another answer goes on from them.
+        """
+        self._given += "".join(str(chunk.text) for chunk in given)
+        self._left = self._given
+        if not all(_is_text(chunk.message) for chunk in given):
+            raise self._lost() from why
+
+    def rest(self, chunk: ChatGenerationChunk) -> ChatGenerationChunk | None:
+        """Return what of a piece was not given already, or None if nothing.
+
+        Raises:
+            AegisStreamError: It is another answer than that of which a part was given.
+        """
+        if not self._left:
+            return chunk
+        text = str(chunk.text)
+        if not (text.startswith(self._left) or self._left.startswith(text)) or not _is_text(chunk.message):
+            raise self._lost()
+        new, self._left = text[len(self._left) :], self._left[len(text) :]
+        ends = bool(chunk.message.response_metadata or getattr(chunk.message, "chunk_position", None))
+        if self._left and ends:
+            raise self._lost()
+        if not new and not ends:
+            return None
+        return ChatGenerationChunk(
+            message=chunk.message.model_copy(update={"content": new}), generation_info=chunk.generation_info
+        )
+
+    def _lost(self) -> AegisStreamError:
+        return AegisStreamError(
+            "the answer broke off: another process made it, and does not go on. Ask again", partial=self._given
+        )
 
     def leave(self) -> None:
         """Say that no more comes of the answer; does nothing after `store`."""
@@ -272,6 +313,15 @@ def _plain(message: AIMessage) -> AIMessage:
             "additional_kwargs": {**extra, **message.additional_kwargs},
             "response_metadata": metadata,
         }
+    )
+
+
+def _is_text(message: BaseMessage) -> bool:
+    """Return whether a piece of an answer is nothing but text."""
+    return (
+        isinstance(message.content, str)
+        and not message.additional_kwargs
+        and not getattr(message, "tool_call_chunks", None)
     )
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import orjson
 import pytest
@@ -27,7 +28,7 @@ from langchain_aegis import (
     was_cached,
 )
 from langchain_aegis.followed import followed
-from langchain_aegis.replays import StreamEntry
+from langchain_aegis.replays import BrokenOff, StreamEntry
 from langchain_aegis.testing import ScriptedOllama
 from langchain_aegis.writes import the_writer
 
@@ -210,19 +211,26 @@ def test_who_was_looked_up_after_an_invalidation_does_not_read_what_began_before
 # -- who makes it goes ----------------------------------------------------------------------------------------------
 
 
-def test_who_leaves_before_the_end_leaves_no_answer(processes, ollama, client):
-    """The others have read a part: they are told so, as in one process."""
-    leader, other = processes(), processes()
+@pytest.mark.parametrize("batching", [False, True])
+@pytest.mark.parametrize("awaited", [False, True])
+def test_who_leaves_before_the_end_leaves_no_answer_and_others_make_it(processes, ollama, client, batching, awaited):
+    """What they have given already is not given twice: the model says the same again."""
+    leader, other = processes(batching), processes(batching)
     first = Reader(leader.model, take=6)
     begun(client, processes.namespace)
-    late = Reader(other.model)
+    if awaited:
+        answer = asyncio.run(text_of(other.model))
+    else:
+        late = Reader(other.model)
+        answer = late.end()
+        assert sum(late.chunks[1:], late.chunks[0]).response_metadata["done_reason"] == "stop"
     first.end()
-    with pytest.raises(AegisStreamError) as caught:
-        late.end()
-    assert caught.value.partial
-    assert caught.value.partial == "".join(chunk.text for chunk in late.chunks)
+    assert answer.startswith("".join(chunk.text for chunk in first.chunks))
+    assert len(ollama.chats) == 2
     the_writer.drain(timeout_s=10)
-    assert "".join(c.text for c in other.model.stream(ASKED)).startswith(caught.value.partial)
+    hit = other.model.invoke(ASKED)
+    assert hit.text == answer
+    assert was_cached(hit)["tier"] == "exact"
 
 
 @pytest.mark.parametrize("fault", ["cut", "error"])
@@ -234,9 +242,57 @@ def test_a_server_that_breaks_off_leaves_no_answer(processes, ollama, client, fa
     late = Reader(other.model)
     with pytest.raises(Exception, match=r"."):
         first.end()
+    assert late.end().startswith("".join(chunk.text for chunk in first.chunks))
+    assert len(ollama.chats) == 2
+
+
+@pytest.mark.parametrize("given", ["words that the model would not say", "more"])
+def test_another_answer_than_that_of_which_a_part_was_given_is_not_gone_on_with(processes, ollama, client, given):
+    process, other = processes(), processes()
+    relay = leading(process, other)
+    relay.send(chunk(given))
+    late = Reader(other.model)
+    wait_until(lambda: late.chunks)
+    relay.cut()
+    with pytest.raises(AegisStreamError) as caught:
+        late.end()
+    assert caught.value.partial == given
+    assert len(ollama.chats) == 1
+
+
+def test_what_is_more_than_text_is_not_gone_on_with(processes, ollama, client):
+    process, other = processes(), processes()
+    relay = leading(process, other)
+    relay.send(chunk("", additional_kwargs={"reasoning_content": "hm"}))
+    late = Reader(other.model)
+    wait_until(lambda: late.chunks)
+    relay.cut()
     with pytest.raises(AegisStreamError):
         late.end()
-    assert len(ollama.chats) == 1
+    assert ollama.chats == []
+
+
+def test_the_rest_of_an_answer_is_what_was_not_given_however_it_is_cut_into_pieces(processes):
+    """Pieces of any length, of an answer that is the same, another, or shorter."""
+    entry_of = partial(StreamEntry, processes().cache, [HumanMessage(ASKED)], "m", None)
+    for cut in range(1, 12):
+        for size in range(1, 13):
+            entry = entry_of()
+            entry.broke_off([chunk("four weeks. "[:cut])], BrokenOff("x"))
+            pieces = [chunk("four weeks. "[i : i + size]) for i in range(0, 12, size)]
+            rest = [entry.rest(piece) for piece in pieces]
+            assert "".join(piece.text for piece in rest if piece is not None) == "four weeks. "[cut:]
+    for other in (["five"], ["fou", "x"], ["four we", "aks"], [" four"]):
+        entry = entry_of()
+        entry.broke_off([chunk("four weeks")], BrokenOff("x"))
+        with pytest.raises(AegisStreamError):
+            for text in other:
+                entry.rest(chunk(text))
+    entry = entry_of()
+    entry.broke_off([chunk("four weeks")], BrokenOff("x"))
+    assert entry.rest(chunk("four")) is None
+    with pytest.raises(AegisStreamError):
+        entry.rest(chunk("", response_metadata={"done_reason": "stop"}))
 
 
 @pytest.mark.parametrize("batching", [False, True])
@@ -333,10 +389,7 @@ def test_every_piece_is_signed_and_nothing_can_be_put_in_left_out_or_taken_from_
             pipe.execute()
         late = Reader(other.model, asked)
         whole = first.end()
-        try:
-            assert late.end() == whole
-        except AegisStreamError as exc:
-            assert whole.startswith(exc.partial)
+        assert late.end() == whole  # as far as it was right it was given, and then made anew
         the_writer.drain(timeout_s=10)
         client.delete(*streams(client, processes.namespace))
 
