@@ -6,7 +6,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from langchain_core.caches import RETURN_VAL_TYPE, BaseCache
 from langchain_core.embeddings import Embeddings
@@ -105,6 +105,8 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
         AegisConfigError: An argument cannot be used; the message says what to write instead.
         AegisConnectionError: With `validate`: Redis does not answer.
     """
+
+    keeps_streams: ClassVar[bool] = True  # BatchingChatModel asks it for what streams, whatever model is inside
 
     def __init__(
         self,

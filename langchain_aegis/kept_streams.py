@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from langchain_core.caches import BaseCache
 from langchain_core.globals import get_llm_cache
+from langchain_core.language_models import BaseChatModel
 from langchain_core.language_models._utils import _update_message_content_to_blocks
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk
@@ -27,17 +28,20 @@ if TYPE_CHECKING:
 
 
 def may_look_up(wrapper: ForwardingChatModel) -> bool:
-    """Whether the model inside asks a cache while it streams, and the wrapper may do that in its place."""
-    hits = sys.modules.get("langchain_aegis.hits")  # not loaded: then it is no such model
+    """Whether the wrapper asks a cache for what streams: in place of the model inside, or because that asks none."""
     inner = wrapper.inner
-    return (
-        hits is not None
-        and isinstance(inner, hits.CachedChat)
-        and wrapper.cache is inner.cache
-        and wrapper.cache is not False
-        and StreamEntry.applies(inner)
-        and _cache_of(wrapper) is not None
-    )
+    if wrapper.cache is False or isinstance(inner, ForwardingChatModel) or not StreamEntry.applies(inner):
+        return False
+    cache = _cache_of(wrapper)
+    if _asks_itself(inner):
+        return cache is not None and wrapper.cache is inner.cache
+    # LangChain asks no cache for a stream. One that is made for it is asked by the wrapper, any other one is not.
+    return bool(getattr(cache, "keeps_streams", False))
+
+
+def _asks_itself(inner: BaseChatModel) -> bool:
+    hits = sys.modules.get("langchain_aegis.hits")  # not loaded: then it is no such model
+    return hits is not None and isinstance(inner, hits.CachedChat)
 
 
 def _cache_of(wrapper: ForwardingChatModel) -> BaseCache | None:

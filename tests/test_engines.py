@@ -1,12 +1,14 @@
 """Servers on OpenAI's wire: bounded by what they run at once, with the cache's contract, chat and vectors alike."""
 
 import asyncio
+import contextlib
 import socket
 import threading
 import uuid
 
 import pytest
 from conftest import wait_until
+from langchain_core.caches import InMemoryCache
 from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from openai_server import MODEL, OpenAIServer, closed
@@ -283,6 +285,75 @@ async def test_a_stream_that_breaks_off_is_not_kept(server, cache):
     server.end = "stop"
     assert was_cached(await model.ainvoke(SATURDAY)) is None
     assert model.admission.stats().running == 0
+
+
+async def streamed(model, question, awaited):
+    """Return the chunks of a stream; what it left to be stored is stored."""
+    if awaited:
+        chunks = [chunk async for chunk in model.astream(question)]
+    else:
+        chunks = await asyncio.to_thread(lambda: list(model.stream(question)))
+    assert await asyncio.to_thread(the_writer.drain, timeout_s=10)
+    return chunks
+
+
+@pytest.mark.parametrize("awaited", [True, False])
+async def test_what_streams_comes_from_the_cache_as_a_stream(server, cache, awaited):
+    model = BatchingChatModel(chat(server), cache=cache)
+    fresh = await streamed(model, SATURDAY, awaited)
+    assert (len(fresh) > 3, was_cached(sum(fresh[1:], fresh[0]))) == (True, None)
+    for question, tier in ((SATURDAY, "exact"), (SATURDAY_TOO, "semantic")):
+        hit = await streamed(model, question, awaited)
+        assert "".join(chunk.text for chunk in hit) == "".join(chunk.text for chunk in fresh)
+        assert was_cached(sum(hit[1:], hit[0]))["tier"] == tier
+        assert len({chunk.id for chunk in hit}) == 1
+    assert was_cached(await model.ainvoke(SATURDAY))["tier"] == "exact"  # one entry for both ways
+    with aegis_scope(tenant="acme"):
+        other = await streamed(model, SATURDAY, awaited)
+    assert was_cached(sum(other[1:], other[0])) is None
+    assert len(server.chats) == 2
+    assert model.admission.stats().running == 0
+
+
+@pytest.mark.parametrize("awaited", [True, False])
+async def test_a_stream_that_is_cut_breaks_off_or_is_left_is_not_kept(server, cache, awaited):
+    model = BatchingChatModel(chat(server), cache=cache)
+    server.end = "length"
+    await streamed(model, SATURDAY, awaited)
+    server.end = None
+    with pytest.raises(Exception, match=r"(?i)connection|incomplete|protocol|closed"):
+        await streamed(model, SATURDAY, awaited)
+    server.end = "stop"
+    if awaited:
+        async with contextlib.aclosing(model.astream(SATURDAY)) as chunks:
+            await anext(chunks)
+    else:
+        stream = model.stream(SATURDAY)
+        next(stream)
+        stream.close()
+    fresh = await streamed(model, SATURDAY, awaited)
+    assert was_cached(sum(fresh[1:], fresh[0])) is None
+    assert len(server.chats) == 4
+
+
+@pytest.mark.parametrize("awaited", [True, False])
+async def test_a_stream_is_looked_up_in_no_cache_that_is_not_made_for_it(server, awaited):
+    """As in LangChain; and not inside `cache=False` or `aegis_scope(cache="off")`."""
+    model = BatchingChatModel(chat(server, temperature=0.7), cache=InMemoryCache())
+    for _ in range(2):
+        await streamed(model, SATURDAY, awaited)
+    assert len(server.chats) == 2
+
+
+@pytest.mark.parametrize("awaited", [True, False])
+async def test_a_stream_is_not_looked_up_where_the_caller_wants_none(server, cache, awaited):
+    for model, mode in ((BatchingChatModel(chat(server), cache=cache), "off"),
+                        (BatchingChatModel(chat(server), cache=False), "use")):  # fmt: skip
+        with aegis_scope(cache=mode):
+            for _ in range(2):
+                found = await streamed(model, SATURDAY, awaited)
+                assert was_cached(sum(found[1:], found[0])) is None
+    assert len(server.chats) == 4
 
 
 async def test_answers_of_a_model_of_that_name_at_another_server_are_other_answers(server, cache):
