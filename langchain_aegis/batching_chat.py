@@ -25,16 +25,16 @@ from langchain_aegis.copies import whole
 from langchain_aegis.cut_answers import note_if_cut
 from langchain_aegis.errors import AegisConfigError
 from langchain_aegis.forwarding import ForwardingChatModel
-from langchain_aegis.kept_streams import KeptStream, may_look_up
+from langchain_aegis.kept_streams import KeptStream, may_follow, may_look_up
 from langchain_aegis.late_messages import LateMessages
 from langchain_aegis.merging import chat_flights, key_of, reads_tokens
 from langchain_aegis.own_bounds import asked_bounds, learning, server_on_openai_wire
 from langchain_aegis.prefixes import prefix_of, traits_of_chat
-from langchain_aegis.replays import StreamEntry, consulted_by_core
+from langchain_aegis.replays import StreamEntry, consulted_by_core, following_core
 from langchain_aegis.scope import ReadAnywhere, current, read_anywhere, seen_config
 from langchain_aegis.servers import admission_of, check_arguments
 from langchain_aegis.settings import AegisSettings
-from langchain_aegis.stamps import last_lookup
+from langchain_aegis.stamps import following, follows, last_lookup
 from langchain_aegis.turning_away import TurningAway
 
 
@@ -438,11 +438,11 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
         self, messages: list[BaseMessage], stop: list[str] | None, kwargs: Mapping[str, Any]
     ) -> KeptStream | None:
         """Return what asks the cache for a streamed call, where the model inside would, and the call may be shared."""
-        if current().cache != "use" or not may_look_up(self):
+        if current().cache != "use" or not (may_look_up(self) or may_follow(self)):
             return None
         entry = _entered.get()
         mine = entry is not None and entry.owner is self.inner and entry.opened and not entry.claimed
-        if entry is not None and mine and (entry.decided or not entry.may_share):
+        if entry is not None and mine and (entry.decided or not (entry.may_share or follows())):
             return None
         config, deadline = (entry.config, entry.deadline) if entry is not None and mine else (None, None)
         return KeptStream(self, messages, stop, kwargs, config, deadline)
@@ -460,16 +460,21 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
         It looks only where this wrapper would, and has not: it and the model have the same `cache`.
         """
         same = self.cache is self.inner.cache and kept is None
-        with seen_config(entry.config), contextlib.nullcontext() if same else consulted_by_core(self.inner):
+        asked = contextlib.nullcontext() if same else consulted_by_core(self.inner)
+        with seen_config(entry.config), following(False), asked:
             yield
 
-    def _generate_with_cache(self, *args: Any, **kwargs: Any) -> ChatResult:
-        with consulted_by_core(self.inner):  # by this wrapper: the model inside need not look again
-            return super()._generate_with_cache(*args, **kwargs)
+    def _generate_with_cache(
+        self, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **kwargs: Any
+    ) -> ChatResult:
+        with consulted_by_core(self.inner), following_core(self, run_manager, kwargs, async_api=False):
+            return super()._generate_with_cache(messages, stop, run_manager, **kwargs)
 
-    async def _agenerate_with_cache(self, *args: Any, **kwargs: Any) -> ChatResult:
-        with consulted_by_core(self.inner):
-            return await super()._agenerate_with_cache(*args, **kwargs)
+    async def _agenerate_with_cache(
+        self, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **kwargs: Any
+    ) -> ChatResult:
+        with consulted_by_core(self.inner), following_core(self, run_manager, kwargs, async_api=True):
+            return await super()._agenerate_with_cache(messages, stop, run_manager, **kwargs)
 
 
 @contextlib.contextmanager

@@ -274,6 +274,11 @@ class AegisSemanticCache(Pipelines, Control, Transfer, BaseCache):
             swallow("lookup", exc)
             return None
 
+    @property
+    def relays(self) -> bool:
+        """Whether answers are passed on between processes while they are made."""
+        return self._engine.options.lease_ms > 0
+
     def relay(self, prompt: str, llm_string: str) -> Relay | None:
         """Return what passes an answer on between processes, after a lookup in this context that missed, or None.
 

@@ -52,6 +52,7 @@ from langchain_aegis.replays import StreamEntry
 from langchain_aegis.servers import addresses_of, admission_of
 from langchain_aegis.settings import AegisSettings, normalise_base_url
 from langchain_aegis.spread import Asks, Spread
+from langchain_aegis.stamps import follows
 from langchain_aegis.traits import in_bulk
 from langchain_aegis.tuning import tuned
 from langchain_aegis.warming import Report, Target, Warmed, awarm, warm
@@ -393,10 +394,13 @@ class ChatAegis(CachedChat):
                 await entry.astore(self._storable(complete, call))
 
     def _entry(self, messages: list[BaseMessage], call: Call) -> StreamEntry | None:
-        if self.cache is False or not StreamEntry.applies(self):
+        consulted = not StreamEntry.applies(self)
+        if self.cache is False or (consulted and not follows()):
             return None
         cache = self.cache if isinstance(self.cache, BaseCache) else get_llm_cache()
-        return StreamEntry(cache, messages, self._named(call), self._shown_config) if cache else None
+        if not cache:
+            return None
+        return StreamEntry(cache, messages, self._named(call), self._shown_config, consulted=consulted)
 
     def _storable(self, part: dict[str, Any], call: Call) -> ChatGeneration:
         """Return the generation that LangChain would store had the answer not been streamed."""

@@ -72,10 +72,11 @@ def found(entry: StreamEntry, deadline: float | None = None) -> Iterator[ChatGen
                     given.append(rest)
                     yield rest
             entry.answered = bool(given)
+            entry.relay.followed()
             return
         except (BrokenOff, LostFlightError) as exc:
             entry.broke_off(given, exc)
-            if str(exc) == "late":
+            if str(exc) == "late" or entry.consulted:
                 break
         finally:
             chunks.close()
@@ -102,10 +103,11 @@ async def afound(entry: StreamEntry, deadline: float | None = None) -> AsyncGene
                     given.append(rest)
                     yield rest
             entry.answered = bool(given)
+            entry.relay.followed()
             return
         except (BrokenOff, LostFlightError) as exc:
             entry.broke_off(given, exc)
-            if str(exc) == "late":
+            if str(exc) == "late" or entry.consulted:
                 break
         finally:
             await chunks.aclose()

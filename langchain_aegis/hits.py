@@ -28,7 +28,7 @@ from pydantic import ConfigDict, PrivateAttr
 
 from langchain_aegis.cut_answers import keeping_whole
 from langchain_aegis.errors import AegisError
-from langchain_aegis.replays import as_chunks, consulted_by_core, dumped, freshen
+from langchain_aegis.replays import as_chunks, consulted_by_core, dumped, following_core, freshen
 from langchain_aegis.scope import ReadAnywhere, bound_here, read_anywhere, seen_config
 
 
@@ -65,7 +65,7 @@ class CachedChat(ChatOllama):
         **kwargs: Any,
     ) -> ChatResult:
         asked = keeping_whole(self)
-        with consulted_by_core(asked):
+        with consulted_by_core(asked), following_core(asked, run_manager, kwargs, async_api=False):
             try:
                 return super(CachedChat, asked)._generate_with_cache(messages, stop, run_manager, **kwargs)
             except AegisError as exc:
@@ -85,7 +85,7 @@ class CachedChat(ChatOllama):
         **kwargs: Any,
     ) -> ChatResult:
         asked = keeping_whole(self)
-        with consulted_by_core(asked):
+        with consulted_by_core(asked), following_core(asked, run_manager, kwargs, async_api=True):
             try:
                 return await super(CachedChat, asked)._agenerate_with_cache(messages, stop, run_manager, **kwargs)
             except AegisError as exc:

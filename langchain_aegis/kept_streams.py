@@ -21,7 +21,7 @@ from langchain_aegis.copies import twin_of_chunk, whole
 from langchain_aegis.followed import afound, found
 from langchain_aegis.forwarding import ForwardingChatModel
 from langchain_aegis.replays import StreamEntry
-from langchain_aegis.stamps import last_lookup
+from langchain_aegis.stamps import follows, last_lookup
 
 if TYPE_CHECKING:
     from langchain_core.runnables import RunnableConfig
@@ -44,6 +44,11 @@ def _asks_itself(inner: BaseChatModel) -> bool:
     return hits is not None and isinstance(inner, hits.CachedChat)
 
 
+def may_follow(wrapper: ForwardingChatModel) -> bool:
+    """Whether LangChain has looked the call up, and it takes what another process makes as it comes."""
+    return follows() and not StreamEntry.applies(wrapper.inner) and _cache_of(wrapper) is not None
+
+
 def _cache_of(wrapper: ForwardingChatModel) -> BaseCache | None:
     return wrapper.cache if isinstance(wrapper.cache, BaseCache) else get_llm_cache()
 
@@ -52,7 +57,7 @@ class KeptStream:
     """One streamed call of a wrapper, in LangChain's cache.
 
     Args:
-        wrapper: One for which `may_look_up` is true.
+        wrapper: One for which `may_look_up` or `may_follow` is true.
         messages: The prompt.
         stop: As in `invoke`.
         kwargs: The call's other arguments.
@@ -71,7 +76,10 @@ class KeptStream:
     ) -> None:
         cache = _cache_of(wrapper)
         assert cache is not None  # noqa: S101 - see Args
-        self._entry = StreamEntry(cache, messages, wrapper._get_llm_string(stop=stop, **kwargs), config)
+        self._entry = StreamEntry(
+            cache, messages, wrapper._get_llm_string(stop=stop, **kwargs), config,
+            consulted=not StreamEntry.applies(wrapper.inner),
+        )  # fmt: skip
         self._deadline = deadline
         self._output_version = wrapper.output_version
         self._chunks: list[ChatGenerationChunk] = []

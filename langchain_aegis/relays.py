@@ -94,6 +94,7 @@ class Relay:
         lease_ms: How long that lease is.
         wait_s: How long it is waited for the first piece.
         engine: Distinguishes caches.
+        found: The lookup.
 
     Attributes:
         leads: This process makes the answer.
@@ -102,7 +103,7 @@ class Relay:
 
     def __init__(
         self, connections: Connections, prefix: str, seal: Seal, exact: str, stamp: str, *, fence: int, lease_ms: int,
-        wait_s: float, engine: object,
+        wait_s: float, engine: object, found: Any = None,
     ) -> None:  # fmt: skip
         self.leads = fence > 0
         self.key: Hashable = engine, exact, stamp
@@ -113,6 +114,7 @@ class Relay:
         self._names = f"{prefix}r:{exact}", f"{prefix}l:{exact}"
         self._fence, self._lease_ms = fence, lease_ms
         self._cast: _Cast | None = None
+        self._found = found
 
     # -- who makes the answer -----------------------------------------------------------------------------------------
 
@@ -201,6 +203,11 @@ class Relay:
             with contextlib.suppress(Unavailable):
                 await self._connections.aperform(reading.burial)
         reading.check()
+
+    def followed(self) -> None:
+        """Note that the answer came from another process, which stores it."""
+        if self._found is not None:
+            self._found.epochs = None
 
     def opened(self, signature: Any, body: Any) -> Mapping[str, Any] | None:
         """Return what a piece says, None if it is not signed for this key."""
@@ -468,4 +475,5 @@ def relay_of(engine: Any, connections: Connections, pending: Any) -> Relay | Non
         connections, engine.store.prefix, engine.keyring.seal, found.key.exact,
         f"{stamp} {found.asked.digest}" if found.asked.digest else stamp,
         fence=found.fence, lease_ms=options.lease_ms, wait_s=options.lease_wait_s, engine=engine._identity,
+        found=found,
     )  # fmt: skip

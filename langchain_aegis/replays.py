@@ -17,6 +17,7 @@ from types import NoneType
 from typing import Any, Self, TypeVar
 
 from langchain_core.caches import BaseCache
+from langchain_core.globals import get_llm_cache
 from langchain_core.language_models._utils import _update_message_content_to_blocks
 from langchain_core.load import dumps
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
@@ -48,6 +49,22 @@ def consulted_by_core(model: object) -> Iterator[None]:
         _consulted.reset(token)
 
 
+def following_core(model: Any, run_manager: Any, options: Mapping[str, Any], *, async_api: bool) -> Any:
+    """Return a context for a call that LangChain looks up: if its tokens are read, it takes another process's pieces.
+
+    Args:
+        model: Whose cache LangChain asks.
+        run_manager: As LangChain gives it.
+        options: The call's other arguments.
+        async_api: Whether it is awaited.
+    """
+    cache = model.cache if isinstance(model.cache, BaseCache) else get_llm_cache()
+    if model.cache is False or not getattr(cache, "relays", False):
+        return contextlib.nullcontext()
+    told = {"async_api": async_api, "run_manager": run_manager, **options}
+    return following(model._should_stream(**told) and not model._should_use_protocol_streaming(**told))
+
+
 class BrokenOff(Exception):
     """An answer that another process makes does not come to its end, or not here."""
 
@@ -58,15 +75,25 @@ class StreamEntry:
     A cache that fails is a miss: without it, the stream would have worked. Lookup and update run in one context, that
     of the stream's first step: whoever reads the rest of it, maybe in another task and for another tenant, decides
     neither whose answer it is nor since when nothing was invalidated.
+
+    Args:
+        cache: LangChain's.
+        messages: The prompt.
+        llm_string: The model, as the cache is told it.
+        config: The call's own config.
+        consulted: LangChain has looked the call up, and stores the answer: only what comes from other processes, or
+            goes there, is left to be done.
     """
 
     def __init__(
-        self, cache: BaseCache, messages: Iterable[BaseMessage], llm_string: str, config: Mapping[str, Any] | None
-    ) -> None:
+        self, cache: BaseCache, messages: Iterable[BaseMessage], llm_string: str, config: Mapping[str, Any] | None, *,
+        consulted: bool = False,
+    ) -> None:  # fmt: skip
         self._prompt = dumped(messages)
         self._cache = cache
         self._llm_string = llm_string
         self._config = config
+        self.consulted = consulted
         self._context = copy_context()
         self.relay: Any = None  # what passes the answer on between processes, after a lookup that missed
         self.answered = False  # all of an answer was given, and the model need not be asked
@@ -81,9 +108,8 @@ class StreamEntry:
     def lookup(self) -> AIMessage | None:
         """Return the cached answer, None if there is none."""
         try:
-            found = _first(self._run(lambda: self._cache.lookup(self._prompt, self._llm_string)))
-            self._look_for_relay(found)
-            return found
+            found = None if self.consulted else self._run(lambda: self._cache.lookup(*self._asked))
+            return self._look_for_relay(_first(found))
         except Exception as exc:  # a cache may raise anything
             _failed(exc)
             return None
@@ -91,9 +117,8 @@ class StreamEntry:
     async def alookup(self) -> AIMessage | None:
         """Do what `lookup` does, without blocking the event loop."""
         try:
-            found = _first(await self._arun(lambda: self._cache.alookup(self._prompt, self._llm_string)))
-            self._look_for_relay(found)
-            return found
+            found = None if self.consulted else await self._arun(lambda: self._cache.alookup(*self._asked))
+            return self._look_for_relay(_first(found))
         except Exception as exc:  # a cache may raise anything
             _failed(exc)
             return None
@@ -169,22 +194,23 @@ class StreamEntry:
     def __exit__(self, *_: object) -> None:
         self.leave()
 
-    def _look_for_relay(self, found: AIMessage | None) -> None:
+    def _look_for_relay(self, found: AIMessage | None) -> AIMessage | None:
         make = getattr(self._cache, "relay", None)
         self.relay = None if make is None or found is not None else self._run(lambda: make(*self._asked))
+        return found
 
     @property
     def _asked(self) -> tuple[str, str]:
         return self._prompt, self._llm_string
 
     def _is_whole(self, generation: ChatGeneration) -> bool:
-        """Return whether an answer is one to the whole prompt; whoever waits for it elsewhere is told."""
+        """Return whether an answer is to be kept; whoever waits for it elsewhere is told that it has come."""
         if rests_on_a_part([generation]):
             self.leave()
             return False
         if self.relay is not None:
             self.relay.end()
-        return True
+        return not self.consulted
 
     def _run(self, ask: Callable[[], T]) -> T:
         def inside() -> T:

@@ -119,13 +119,14 @@ def forgotten(engine: object) -> Pending | None:
 
 
 @contextlib.contextmanager
-def following() -> Iterator[None]:
+def following(does: bool = True) -> Iterator[None]:
     """Say that whoever looks up inside takes another process's answer as it comes, rather than wait for its end."""
-    token = _follows.set(True)
+    token = _follows.set(does)
     try:
         yield
     finally:
-        _follows.reset(token)
+        with contextlib.suppress(ValueError):  # left in another context, which never had the mark
+            _follows.reset(token)
 
 
 def follows() -> bool:

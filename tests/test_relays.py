@@ -16,6 +16,7 @@ from conftest import running_redis, short_directory, wait_until
 from faults.redis_process import RedisProcess
 from langchain_core.messages import AIMessageChunk, HumanMessage
 from langchain_core.outputs import ChatGenerationChunk
+from langgraph.graph import START, MessagesState, StateGraph
 
 from langchain_aegis import (
     AegisDeadlineError,
@@ -206,6 +207,62 @@ def test_who_was_looked_up_after_an_invalidation_does_not_read_what_began_before
     ollama.wait_until(lambda server: len(server.chats) == 2)
     first.end()
     assert late.end()
+
+
+def graph_of(model):
+    """A graph of one node, which does not stream by itself."""
+
+    async def node(state):
+        return {"messages": [await model.ainvoke(ASKED)]}
+
+    graph = StateGraph(MessagesState)
+    graph.add_node("node", node)
+    graph.add_edge(START, "node")
+    return graph.compile()
+
+
+async def tokens_of(model):
+    """What a graph streams of a node's call: the texts, when they came, and the answer in the end."""
+    tokens, times, end = [], [], None
+    async for mode, told in graph_of(model).astream({"messages": []}, stream_mode=["messages", "values"]):
+        if mode == "messages":
+            tokens.append(told[0].text)
+            times.append(time.monotonic())
+        elif told["messages"]:
+            end = told["messages"][-1]
+    return "".join(tokens), times, end
+
+
+@pytest.mark.parametrize("batching", [False, True])
+async def test_the_tokens_of_a_graph_come_as_they_are_made(processes, ollama, client, batching):
+    """A node that calls `ainvoke` in a graph that streams messages: both who makes the answer and who waits for it."""
+    leader, other = processes(batching), processes(batching)
+    first = asyncio.create_task(tokens_of(leader.model))
+    await asyncio.to_thread(begun, client, processes.namespace)
+    late = await tokens_of(other.model)
+    one = await first
+    assert late[0] == one[0] == late[2].text == one[2].text != ""
+    assert len(late[1]) > 5
+    assert late[1][0] < one[1][-1]
+    assert len(ollama.chats) == 1
+    assert late[2].usage_metadata == one[2].usage_metadata
+    assert was_cached(late[2]) is None
+    assert the_writer.drain(timeout_s=10)
+    assert leader.cache.stats().stored == 1
+    assert other.cache.stats().stored == 0
+    assert was_cached(await other.model.ainvoke(ASKED))["tier"] == "exact"
+
+
+@pytest.mark.parametrize("batching", [False, True])
+async def test_the_tokens_of_a_graph_go_on_when_their_maker_has_gone(processes, ollama, client, batching):
+    leader, other = processes(batching), processes(batching)
+    first = Reader(leader.model, take=6)
+    await asyncio.to_thread(begun, client, processes.namespace)
+    text, _, end = await tokens_of(other.model)
+    first.end()
+    assert text == end.text
+    assert text.startswith("".join(chunk.text for chunk in first.chunks))
+    assert len(ollama.chats) == 2
 
 
 # -- who makes it goes ----------------------------------------------------------------------------------------------
