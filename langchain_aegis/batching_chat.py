@@ -55,7 +55,7 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
 
     Args:
         inner: The model. All wrappers of one server share its bounds; the smallest that any of them asks for wins.
-        max_concurrency: Most calls under way at the server; a stream counts until it ends. Default: what it says, or 4.
+        max_concurrency: Most calls under way (`AEGIS_SHARED_SLOTS`: of all processes); streams count to their end.
         max_waiting: Most calls that wait; callers that share a call, and items of batches, do not count.
         window_ms: 0: waiting calls run first come, first served (fair between tenants). Else those that share a long
             prefix, a model and runner options are put next to each other while all slots are busy; nothing is ever

@@ -72,9 +72,10 @@ class ChatAegis(CachedChat):
             several servers that have the model. Each call goes to the least busy of those that can be reached, or to
             one that has just read how its prompt begins.
         recheck_s: Seconds for which one of several servers that cannot be reached is left alone.
-        max_concurrency: How many calls of this process the server gets at once, shared by all models of that address
-            (the smallest value wins; default 4). Further calls wait for their turn, for as long as `timeout`, items
-            of `batch` and `abatch` after single calls; `BatchingChatModel` bounds the queue, too.
+        max_concurrency: How many calls of this process (with `AEGIS_SHARED_SLOTS`: of all processes) the server gets at
+            once, shared by all models of that address (the smallest value wins; default 4). Further calls wait for
+            their turn, for as long as `timeout`, items of `batch` and `abatch` after single calls;
+            `BatchingChatModel` bounds the queue, too.
         window_ms: 0: waiting calls run first come, first served, tenants in turn. Else those that share a long
             prefix, or model and runner options, are put next to each other while all slots are busy. Nobody waits
             longer for that than this, twice a service time, or 2 s, whichever is longest. Default `BATCH_WINDOW_MS`.
