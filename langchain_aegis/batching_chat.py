@@ -286,8 +286,7 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
                 if entry.shares and run_manager:
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 note_if_cut(chunk)
-                piece = chunk if kept is None else kept.add(chunk)
-                if piece is not None:
+                if (piece := chunk if kept is None else kept.add(chunk)) is not None:
                     yield piece
             if kept is not None:
                 kept.store()
@@ -324,8 +323,7 @@ class BatchingChatModel(Bulk, TurningAway, ForwardingChatModel):  # type: ignore
                     if entry.shares and run_manager:
                         await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                     note_if_cut(chunk)
-                    piece = chunk if kept is None else kept.add(chunk)
-                    if piece is not None:
+                    if (piece := chunk if kept is None else kept.add(chunk)) is not None:
                         yield piece
             if kept is not None:
                 await kept.astore()
