@@ -297,7 +297,7 @@ def test_a_connection_that_is_in_use_while_all_are_closed_is_closed_when_it_come
     used.join()
     assert not opened._free
     gc.collect()
-    assert open_descriptors() <= before
+    wait_until(lambda: open_descriptors() <= before, what="the descriptors")
 
 
 @pytest.mark.row(10)
@@ -436,7 +436,7 @@ def test_each_loop_leaves_nothing_behind(redis_url, open_descriptors):
         for _ in range(3):
             asyncio.run(use())
         gc.collect()
-    assert open_descriptors() <= before
+    wait_until(lambda: open_descriptors() <= before, what="the descriptors")
 
 
 def test_what_cannot_be_reached_is_said_to_each(tmp_path):

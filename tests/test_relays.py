@@ -33,6 +33,8 @@ from langchain_aegis.replays import BrokenOff, StreamEntry
 from langchain_aegis.testing import ScriptedOllama
 from langchain_aegis.writes import the_writer
 
+pytestmark = pytest.mark.slow  # together
+
 LONG_S = 20.0
 ASKED = "How long may I keep a book at home?"
 

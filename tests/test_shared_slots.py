@@ -21,7 +21,7 @@ import redis
 from conftest import short_directory, wait_until
 from faults.redis_process import RedisProcess
 
-from langchain_aegis import BatchingChatModel, ChatAegis
+from langchain_aegis import BatchingChatModel, ChatAegis, slot_lender
 from langchain_aegis.admission import Admission
 from langchain_aegis.errors import AegisClosedError, AegisConfigError, AegisDeadlineError, AegisOverloadedError
 from langchain_aegis.notices import forget_warnings
@@ -73,6 +73,14 @@ def workers(redis_url):
     made = Workers(redis_url)
     yield made
     made.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_lender_stays():
+    """A process keeps its thread and its connection until it ends; the next test is another process."""
+    yield
+    while slot_lender._lenders.made:
+        slot_lender._lenders.made.popitem()[1].close()
 
 
 @pytest.fixture

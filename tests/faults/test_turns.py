@@ -20,6 +20,8 @@ from faults.measure import SLACK, no_collections, within
 from faults.watch import no_tasks_left
 from langchain_aegis import AegisDeadlineError, BatchingChatModel, BatchingEmbeddings, BatchingRunnable
 
+pytestmark = pytest.mark.slow  # together
+
 LONG_S = 30.0
 DISPATCH_S = 0.010 * SLACK  # from where nothing holds a call up until it is sent
 LATE_S = 0.020 * SLACK
