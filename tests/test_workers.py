@@ -11,7 +11,8 @@ import uuid
 
 import pytest
 import redis
-from conftest import wait_until
+from conftest import short_directory, wait_until
+from faults.redis_process import RedisProcess
 
 from langchain_aegis.slot_scripts import names_of
 from langchain_aegis.testing import ScriptedOllama
@@ -170,6 +171,37 @@ def test_the_slots_of_killed_processes_are_back_within_the_lease(redis_url):
         assert codes.count(0) == 5
         assert seen.most == 4
         assert goodput(living, back_s, began_s + 14) >= 0.8 * 4 / 0.3  # of all four slots
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "frozen"])
+def test_a_redis_that_goes_away_under_load_breaks_no_call_and_the_count_holds_again(how):
+    with (
+        short_directory() as path,
+        RedisProcess(path, search=False, saved=False) as own,
+        ScriptedOllama("m", slots=64, request_s=0.2) as server,
+    ):
+        env = environment(own.url, server)
+        workers = [Worker(f"w{i}", 8, env) for i in range(4)]
+        with Seen(server) as all_the_time:
+            began_s = run_for(14, workers)
+            time.sleep(2)
+            if how == "killed":
+                own.kill()
+                time.sleep(3)
+                own.start()
+            else:
+                with own.frozen():
+                    time.sleep(3)
+            back_s = time.time()
+            time.sleep(4)  # till everybody is counted again
+            with Seen(server) as afterwards:
+                codes = [worker.end() for worker in workers]
+        assert codes == [0] * 4  # every call was answered
+        assert afterwards.most == 4
+        assert all_the_time.most <= 8  # those that had slots, and each one's share
+        assert goodput(workers, back_s - 2, back_s) > 0.5 * 4 / 0.2  # in the middle of it
+        assert goodput(workers, back_s + 4, began_s + 14) > 0.7 * 4 / 0.2
 
 
 # One worker: `callers` coroutines that ask the same at about the same moment and read it as it comes.
