@@ -231,8 +231,14 @@ def test_the_load_sees_an_answer_that_was_made_for_another_question(load):
     report = load.Report()
     report.ended.update(exact=3, refused=1)
     assert not report.is_good  # nothing came from the cache
-    report.cached_ms.append(1.0)
+    report.cached_at.append(1.0)
     assert report.is_good
+    report.redis_back_at = 2.0
+    assert not report.is_good  # nothing did since Redis was away
+    report.cached_at.append(2.5)
+    assert report.is_good
+    assert report.as_dict(9.0)["hits_after_redis_was_back_s"] == 0.5
+    assert report.as_dict(9.0)["longest_without_a_cached_answer_s"] == 6.5
     for bad in ("lost", "status 500", "no answer in time", "error event AegisServerError"):
         report.ended[bad] += 1
         assert not report.is_good
@@ -261,6 +267,7 @@ def test_clients_get_an_answer_or_a_typed_503_while_a_worker_and_redis_are_kille
     assert set(figures["ended"]) <= {"exact", "semantic", "model", "shared", "refused"}
     assert figures["cached_ms"]["p95"] > 0
     assert [said.partition(": ")[2].split()[0] for said in figures["said"]] == ["worker", "Redis", "Redis"]
+    assert figures["hits_after_redis_was_back_s"] < 10
     assert "Traceback" not in done.stderr
 
 

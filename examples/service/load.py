@@ -60,6 +60,7 @@ class Report:
             it was asked for), refused (a typed 503), or what must not be -> how many.
         cached_ms: Times from question to the last word, of answers from the cache.
         cached_at: When each of these came, in seconds since the start.
+        redis_back_at: When Redis served again, None if it was never away.
         model_ms: The same of answers by the model.
         first_ms: Times to the first word, of answers from the cache.
         asked_again: Questions whose connection broke.
@@ -71,6 +72,7 @@ class Report:
     ended: Counter[str] = field(default_factory=Counter)
     cached_ms: list[float] = field(default_factory=list)
     cached_at: list[float] = field(default_factory=list)
+    redis_back_at: float | None = None
     model_ms: list[float] = field(default_factory=list)
     first_ms: list[float] = field(default_factory=list)
     asked_again: int = 0
@@ -80,12 +82,20 @@ class Report:
 
     @property
     def is_good(self) -> bool:
-        """Whether every question ended as it may."""
-        return not self.wrong and set(self.ended) <= {*ANSWERED, "refused"} and bool(self.cached_ms)
+        """Whether every question ended as it may, and answers came from the cache, also after Redis was away."""
+        hits = bool(self.cached_at) if self.redis_back_at is None else self._hits_again_s is not None
+        return not self.wrong and set(self.ended) <= {*ANSWERED, "refused"} and hits
+
+    @property
+    def _hits_again_s(self) -> float | None:
+        back = self.redis_back_at
+        return None if back is None else next((at - back for at in self.cached_at if at > back), None)
 
     def as_dict(self, seconds: float) -> dict[str, Any]:
         """Return the figures."""
-        gaps = [later - earlier for earlier, later in zip(self.cached_at, self.cached_at[1:], strict=False)]
+        until = [*self.cached_at, seconds]
+        gaps = [later - earlier for earlier, later in zip([0.0, *self.cached_at], until, strict=True)]
+        again = self._hits_again_s
         return {
             "questions": sum(self.ended.values()),
             "per_s": round(sum(self.ended.values()) / seconds, 1),
@@ -95,7 +105,8 @@ class Report:
             "cached_ms": _spread(self.cached_ms),
             "cached_first_word_ms": _spread(self.first_ms),
             "model_ms": _spread(self.model_ms),
-            "longest_without_a_cached_answer_s": round(max(gaps, default=0.0), 2),
+            "longest_without_a_cached_answer_s": round(max(gaps), 2),
+            "hits_after_redis_was_back_s": None if again is None else round(again, 2),
             "misses": self.misses,
             "said": self.said,
         }
@@ -208,6 +219,7 @@ class Load:
         self._made: dict[tuple[str, str], set[str]] = {}  # tenant and topic -> answers that the model gave
         self._kept: set[tuple[str, str]] = set()  # tenant and question: those that have an answer of their own
         self._count = 0
+        self._redis: Any = None
         self.began = time.monotonic()
 
     @property
@@ -293,16 +305,25 @@ class Load:
         self.say(f"worker {health['worker']} killed")
 
     async def restart_redis(self) -> None:
-        """Kill Redis and start it again."""
+        """Kill Redis and start it again; it is held until this program ends."""
         from langchain_aegis.embedded import EmbeddedRedis
 
-        redis = EmbeddedRedis()
-        pid = (await asyncio.to_thread(redis.start)).pid
-        os.kill(pid, signal.SIGKILL)
-        self.say(f"Redis {pid} killed")
-        again = await asyncio.to_thread(redis.start)
-        self.say(f"Redis is back as {again.pid}")
-        await asyncio.to_thread(redis.close)
+        def killed(redis: EmbeddedRedis) -> int:
+            pid = int(redis.pid)
+            os.kill(pid, signal.SIGKILL)
+            return pid
+
+        def started_again(redis: EmbeddedRedis, before: int) -> int:
+            while (pid := int(redis.pid)) == before:  # its death has not been noticed yet
+                time.sleep(0.05)
+            return pid
+
+        self._redis = EmbeddedRedis()
+        before = await asyncio.to_thread(killed, self._redis)
+        self.say(f"Redis {before} killed")
+        again = await asyncio.to_thread(started_again, self._redis, before)
+        self.say(f"Redis is back as {again}")
+        self.report.redis_back_at = self.now
 
 
 async def run(load: Load, clients: int, *, kill_worker: bool, restart_redis: bool) -> Report:
