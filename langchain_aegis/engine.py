@@ -92,7 +92,7 @@ class Engine(Updates):
         if epochs.opted_out or (record.digest and not found.asked.look()) or not serve_exact(found, record, now_ms()):
             return None
         found.epochs, found.asked_s = epochs, begun.took_s
-        self._note(found)
+        note_lookup(found.moment)
         if not self._heeded(found):
             found.record, found.tier, found.similarity = None, "miss", None
             return None
@@ -134,7 +134,7 @@ class Engine(Updates):
         found = yield from find(
             self.store, key, policy, now_ms, self.keyring.profile_key, serve=serve, begun=begun, asked=asked
         )
-        self._note(found)
+        note_lookup(found.moment)
         yield from self.heed(found)
         if found.tier != "exact" and key.scope:
             self.scopes.saw(key.scope, key.fields)
@@ -182,12 +182,6 @@ class Engine(Updates):
             return False
         found.record, found.tier, found.similarity = found.stale, "exact", 1.0
         return True
-
-    @staticmethod
-    def _note(found: Lookup) -> None:
-        """Say what a call that joins another one's must have in common with it."""
-        stamp = found.epochs.stamp if found.epochs is not None else ""
-        note_lookup(f"{stamp} {found.asked.digest}" if found.asked.digest else stamp)
 
     # -- parts ----------------------------------------------------------------------------------------------------
 

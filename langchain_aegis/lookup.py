@@ -145,6 +145,12 @@ class Lookup:
             self._profile = profile(self.key.question or "", key=self.profile_key)
         return self._profile
 
+    @property
+    def moment(self) -> str:
+        """What a call must have in common with this one to share an answer that is being made; "" if unknown."""
+        stamp = self.epochs.stamp if self.epochs is not None else ""
+        return f"{stamp} {self.asked.digest}" if self.asked.digest else stamp
+
     def read(self) -> None:
         """Make the profile now."""
         _ = self.profile

@@ -470,10 +470,8 @@ def relay_of(engine: Any, connections: Connections, pending: Any) -> Relay | Non
     shared = found.reasons == ("followed",) or found.fence
     if not options.lease_ms or options.dry_run or not shared or found.epochs is None or found.stale is not None:
         return None
-    stamp = found.epochs.stamp
     return Relay(
-        connections, engine.store.prefix, engine.keyring.seal, found.key.exact,
-        f"{stamp} {found.asked.digest}" if found.asked.digest else stamp,
+        connections, engine.store.prefix, engine.keyring.seal, found.key.exact, found.moment,
         fence=found.fence, lease_ms=options.lease_ms, wait_s=options.lease_wait_s, engine=engine._identity,
         found=found,
     )  # fmt: skip
