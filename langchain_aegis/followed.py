@@ -6,39 +6,17 @@ Those of one process read it once: the first of them reads for all, as for a cal
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 
 from langchain_aegis.copies import CHAT_FORMS
 from langchain_aegis.flights import Flights, LostFlightError, Seat
+from langchain_aegis.free_ticket import FREE_TICKET
 from langchain_aegis.replays import BrokenOff, StreamEntry, as_chunks
-from langchain_aegis.tickets import Ticket
 
 _ROUNDS: Final = 3  # of looking for it again, after who made it has gone
 
-
-class _NoTicket:
-    """A place in no queue: nothing is asked of the model's server."""
-
-    def wait(self) -> None:
-        pass
-
-    async def await_(self) -> None:
-        pass
-
-    def leave(self) -> None:
-        pass
-
-    def expire(self) -> None:
-        pass
-
-    def held(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-
-_NO_TICKET: Final = cast("Ticket", _NoTicket())
 followed: Final[Flights[ChatResult]] = Flights(CHAT_FORMS)
 
 
@@ -119,7 +97,7 @@ def _seat(entry: StreamEntry) -> Seat[ChatResult] | None:
     """Return a place among those who read the same; None: this caller makes the answer."""
     if entry.relay is None or entry.relay.leads:
         return None
-    return followed.board(entry.relay.key, lambda _: _NO_TICKET)
+    return followed.board(entry.relay.key, lambda _: FREE_TICKET)  # nothing is asked of a server
 
 
 def _lead(entry: StreamEntry) -> None:

@@ -11,7 +11,6 @@ takes along all that waits by the time it has its slot. A thread that finds its 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from langchain_aegis.bounds import WINDOW_MS
 from langchain_aegis.errors import AegisError, AegisOverloadedError, AegisServerError
 from langchain_aegis.flows import Flow, arun, run
 from langchain_aegis.forks import reset_after_fork
+from langchain_aegis.free_ticket import FREE_TICKET
 from langchain_aegis.lanes import Flight, Lane, LostError, Performer, Place, Wish
 from langchain_aegis.traits import NO_TRAITS, Traits
 from langchain_aegis.wakers import Waker, running_loop
@@ -260,7 +260,7 @@ class Gathering(Generic[V]):
 
     def _enter(self, wait: Wait) -> Any:
         if self._admission is None:
-            return _FREE
+            return FREE_TICKET
         return self._admission.enter(wait=wait, traits=self._traits, window_ms=self._window_ms)
 
     # Requests
@@ -429,28 +429,6 @@ class Gathering(Generic[V]):
                 await waker.await_(wish.lane.patience_s(loop, deadline))
                 if not waker.woken:
                     wish.lane.check(loop, deadline)
-
-
-class _FreeTicket:
-    """A place where nothing is bounded."""
-
-    def wait(self) -> None:
-        pass
-
-    async def await_(self) -> None:
-        pass
-
-    def leave(self) -> None:
-        pass
-
-    def expire(self) -> None:
-        pass
-
-    def held(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-
-_FREE: Any = _FreeTicket()
 
 
 def _values(wishes: list[Wish[V]], place_of: Callable[[str], str] | None) -> list[V]:

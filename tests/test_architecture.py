@@ -27,7 +27,7 @@ ORDER = [
     "deadlines", "attempts", "timestamps", "digests", "refusals", "ndjson", "client", "endpoint",
     "wakers", "reloads", "overflow", "warming",
     "traits", "prefixes", "late_messages",
-    "live", "bounds", "tickets", "tallies", "queues", "admission", "balance", "pools", "progress",
+    "live", "bounds", "free_ticket", "tickets", "tallies", "queues", "admission", "balance", "pools", "progress",
     "slot_scripts", "slot_link", "shared_admission", "slot_lender",
     "bulk", "pulses", "own_errors", "broadcasts", "flights",
     "calls", "forwarding", "servers", "openai_servers", "own_bounds", "copies", "merging", "turning_away",
